@@ -43,7 +43,7 @@ __all__ = [
 ]
 
 # Public name -> module and name there.
-_PLACES = {
+_EXPORTS = {
     "Tokenizer": ("lemur_jax.text.tokenizer", "Tokenizer"),
     "UserError": ("lemur_jax.common.errors", "UserError"),
     "complete": ("lemur_jax.infer.complete", "complete"),
@@ -63,7 +63,7 @@ _PLACES = {
 
 def __getattr__(name: str) -> Any:
     """Imports a public name from its module."""
-    if name not in _PLACES:
+    if name not in _EXPORTS:
         raise AttributeError(f"module 'lemur_jax' has no attribute {name!r}")
-    module, attribute = _PLACES[name]
+    module, attribute = _EXPORTS[name]
     return getattr(importlib.import_module(module), attribute)

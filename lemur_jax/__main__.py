@@ -10,11 +10,11 @@ HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 def main() -> int:
-    """Runs the words of the command line, in this process started again with `HUGE_PAGES` if it has no such setting."""
+    """Runs the command line; restarts this process with `HUGE_PAGES` first if it has no such setting."""
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = HUGE_PAGES
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    # transformers reads tokenizers here, and would say each time that its models need torch.
+    # transformers only reads tokenizers here; it would warn each time that its models need torch.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     from lemur_jax.cli import main
 

@@ -2,7 +2,7 @@
 
 A config file is Python with `get_config()`, or `get_config(arg="")`, that starts from `default_config(...)` and
 returns an `ml_collections.ConfigDict`. `load` runs it, applies `--config.a.b=value` overrides and turns the
-result into a `RunConfig`, whose sections stand beside the code that uses them. A mistake is one line.
+result into a `RunConfig`, whose sections are defined beside the code that uses them. A mistake is reported in one line.
 """
 
 import dataclasses
@@ -119,7 +119,7 @@ class RunConfig:
         if not (data.by_epochs or train.batch_documents) or not data.counts_record.exists():
             return self
         record = json.loads(data.counts_record.read_text())
-        counts = {name: SourceCounts(**each) for name, each in record.items()}
+        counts = {name: SourceCounts(**fields) for name, fields in record.items()}
         if not data.sources or not set(data.sources) <= set(counts):
             return self
         if data.by_epochs:
@@ -184,13 +184,13 @@ def load(argument: str, overrides: Sequence[str] = ()) -> RunConfig:
     config = from_config_dict(load_config_dict(argument, overrides))
     if config.data.mixture and config.data.mixture_record.exists():
         recorded = json.loads(config.data.mixture_record.read_text())
-        sources = {name: SourceConfig(**each) for name, each in recorded.items()}
+        sources = {name: SourceConfig(**fields) for name, fields in recorded.items()}
         config = replace(config, {"data.sources": sources})
     return config
 
 
 def load_config_dict(argument: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """As `load`, but what the file returned, for another config file to change."""
+    """As `load`, but returns the file's `ConfigDict`, for another config file to change."""
     from absl import flags
     from ml_collections import config_flags
 
@@ -206,10 +206,10 @@ def load_config_dict(argument: str, overrides: Sequence[str] = ()) -> ConfigDict
     for name in stages:
         shares = _section(_section(stages, name), "shares")
         _complete(shares, dict.fromkeys(shares, 0.0))
-    known = flatten(config.to_dict())
+    options = flatten(config.to_dict())
     for override in overrides:
         key, _, value = override.removeprefix("--config.").partition("=")
-        if isinstance(known.get(key), tuple) and value.lstrip().startswith("{"):  # absl would take its keys
+        if isinstance(options.get(key), tuple) and value.lstrip().startswith("{"):  # absl would take its keys
             raise UserError(f"config.{key} is {value}: it must be a tuple, e.g. (x,) or (x, y)")
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
@@ -224,28 +224,28 @@ def load_config_dict(argument: str, overrides: Sequence[str] = ()) -> ConfigDict
 
 
 def _section(values: ConfigDict, key: str) -> ConfigDict:
-    """A section; an empty one where there is something else, which is refused when it is converted."""
-    found = values.get(key)
-    return found if isinstance(found, ConfigDict) else ConfigDict()
+    """A section; empty if `key` holds something else, which the conversion refuses."""
+    section = values.get(key)
+    return section if isinstance(section, ConfigDict) else ConfigDict()
 
 
 def _complete(values: ConfigDict, defaults: Mapping[str, Any]) -> None:
-    """Adds the keys that a section lacks, and makes floats of whole numbers: absl overrides a key that is there, by a
-    value of its type.
+    """Adds a section's missing keys, and converts integers to floats where the default is one: absl only overrides
+    existing keys, with values of their type.
     """
     with values.unlocked(), values.ignore_type():
         for key, default in defaults.items():
             value = values.get(key, default)
             # A larger integer may overflow a float; it is refused later.
-            whole = type(value) is int and abs(value) < 2**63
-            values[key] = float(value) if whole and isinstance(default, float) else value
+            is_int = type(value) is int and abs(value) < 2**63
+            values[key] = float(value) if is_int and isinstance(default, float) else value
 
 
 def _run_config_file(argument: str) -> ConfigDict:
-    path, colon, word = argument.partition(":")
+    path, colon, argument_value = argument.partition(":")
     if not os.path.isfile(path):
         raise UserError(f"there is no config file {path}")
-    # Modules of tasks, and configs that this one starts from, may lie beside it.
+    # Modules of tasks, and configs that this one imports, may be in the same directory.
     directory = os.path.dirname(os.path.abspath(path))
     if directory not in sys.path:
         sys.path.append(directory)
@@ -255,14 +255,14 @@ def _run_config_file(argument: str) -> ConfigDict:
     module = sys.modules["lemur_config"] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config(word) if colon else module.get_config()
+        config = module.get_config(argument_value) if colon else module.get_config()
     except UserError:
         raise
     except (Exception, SystemExit) as error:
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == spec.origin]
-        where = f" (line {lines[-1]} of {path})" if lines else ""
-        raise UserError(f"cannot load the config {argument}: {reason_of(error)}{where}") from error
+        location = f" (line {lines[-1]} of {path})" if lines else ""
+        raise UserError(f"cannot load the config {argument}: {reason_of(error)}{location}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"{argument}: get_config returned {type(config).__name__}, not a ConfigDict")
     return config
@@ -270,12 +270,12 @@ def _run_config_file(argument: str) -> ConfigDict:
 
 def _explain_key(argument: str, overrides: Sequence[str], error: Exception) -> UserError:
     """Names the override whose key does not exist and the valid key nearest to it."""
-    known = sorted(flatten(load_config_dict(argument).to_dict())) if overrides else []
+    keys = sorted(flatten(load_config_dict(argument).to_dict())) if overrides else []
     for override in overrides:
         key, _, value = override.removeprefix("--config.").partition("=")
-        if key not in known:
+        if key not in keys:
             return UserError(
-                f"unknown config key {key} (value {value!r}) for {argument}{did_you_mean(key, known)}"
+                f"unknown config key {key} (value {value!r}) for {argument}{did_you_mean(key, keys)}"
             )
     return UserError(f"cannot load the config {argument}: {error}")
 

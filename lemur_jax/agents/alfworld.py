@@ -14,7 +14,7 @@ from lemur_jax.agents.mint import MintEnvironment, Task
 from lemur_jax.common.errors import UserError
 
 _SCRIPT = pathlib.Path(__file__).with_name("alfworld_process.py")
-MAX_ACTIONS = 50  # of a game
+MAX_ACTIONS = 50  # in a game
 _COMMANDS = {
     "put(object, receptacle)": "put {} in/on {}",
     "goto(receptacle)": "go to {}",
@@ -31,7 +31,7 @@ _COMMANDS = {
 
 
 class AlfworldEnvironment(MintEnvironment):
-    """A household task, solved when the game ends in a turn; as in MINT also when it ends after MAX_ACTIONS.
+    """A household task, solved when the game is won or, as in MINT, when it ends after MAX_ACTIONS.
 
     Args:
       game: its `game.tw-pddl`.
@@ -45,7 +45,7 @@ class AlfworldEnvironment(MintEnvironment):
 
     def reset(self) -> str:
         self.close()
-        # Of this copy: `lemur rl` copies a task for each episode.
+        # Bound to this copy: `lemur rl` copies a task for each episode.
         self._functions = {name: functools.partial(self._play, text) for name, text in _COMMANDS.items()}
         self._won, self._actions = False, 0
         self._process = subprocess.Popen(
@@ -54,7 +54,7 @@ class AlfworldEnvironment(MintEnvironment):
             stdout=subprocess.PIPE,
             text=True,
         )
-        self._read()  # the start of a game is no part of a cell's time
+        self._read()  # starting a game does not count as a cell's time
         return super().reset()
 
     def _play(self, command: str, *arguments: str) -> str:
@@ -98,7 +98,7 @@ def alfworld_environments(
             "ALFWorld's games need its library: pip install 'lemur_jax[alfworld]' (minutes, it compiles)"
         )
     root = data / "processed" / "alfworld" / "json_2.1.1" / "valid_unseen"
-    found = []
+    environments = []
     for id, opening in openings.items():
         if not id.startswith("alfworld/"):
             continue
@@ -106,5 +106,5 @@ def alfworld_environments(
         if not game.exists():
             raise UserError(f"{game} is missing: get ALFWorld's games (https://github.com/alfworld/alfworld)")
         task = Task(id=id, opening=opening, solved=lambda answer: False)
-        found.append(AlfworldEnvironment(task, game, python))
-    return found
+        environments.append(AlfworldEnvironment(task, game, python))
+    return environments

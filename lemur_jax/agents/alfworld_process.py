@@ -1,4 +1,4 @@
-"""Plays one game of ALFWorld: commands come as JSON lines on stdin, [feedback, won] goes to stdout, also at the start.
+"""Plays one game of ALFWorld in JSON lines: commands on stdin, [feedback, won] on stdout after each and at the start.
 
 python alfworld_process.py GAME
 """

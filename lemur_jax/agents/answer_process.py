@@ -1,4 +1,4 @@
-"""Runs an answer and its tests in two processes, which `problems.check` puts into two boxes.
+"""Runs an answer and its tests in two processes, each in its own sandbox (`problems.check`).
 
     python answer_process.py answer IN OUT     runs answer.py, then the calls that the tests send
     python answer_process.py tests IN OUT      runs tests.py over the names that answer.py defines
@@ -18,7 +18,7 @@ import traceback
 import types
 
 SEQUENCES = {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}
-ENDED = 3  # exit code of the tests where the answer's process is gone
+ENDED = 3  # exit code of the tests if the answer's process has ended
 
 
 def encode(value, keep):
@@ -54,14 +54,14 @@ def decode(value, find):
 def run_answer(receive, send):
     """Runs answer.py, sends the names that it defines, then serves requests until the pipe ends."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # what an answer prints cannot fail it
-    kept = []
+        stream.reconfigure(errors="backslashreplace")  # no text that an answer prints makes it fail
+    objects = []
 
     def keep(value):
         if isinstance(value, types.ModuleType) and value.__name__ in sys.stdlib_module_names:
             return ["module", value.__name__]
-        kept.append(value)
-        return ["object", len(kept) - 1]
+        objects.append(value)
+        return ["object", len(objects) - 1]
 
     def load():
         module = types.ModuleType("answer")
@@ -70,9 +70,9 @@ def run_answer(receive, send):
             exec(compile(file.read(), "answer.py", "exec"), module.__dict__)
         return {name: value for name, value in vars(module).items() if not name.startswith("__")}
 
-    def answer(operation, number, arguments):
-        positional, named = decode(arguments, lambda kind, content: kept[content])
-        return operations[operation](kept[number], *positional, **named)
+    def handle(operation, index, arguments):
+        positional, named = decode(arguments, lambda kind, content: objects[content])
+        return operations[operation](objects[index], *positional, **named)
 
     operations = {"call": operator.call, "list": list, "attribute": getattr}
     work = load, ()
@@ -87,7 +87,7 @@ def run_answer(receive, send):
             reply = {"error": [type(error).__name__, str(error), "".join(trace)]}
         send(reply)
         request = receive()
-        work = request and (answer, request)
+        work = request and (handle, request)
     os._exit(0)
 
 
@@ -148,8 +148,8 @@ def run_tests(receive, send):
             exec(compile(file.read(), "tests.py", "exec"), {**names, "__name__": "tests"})
     except BaseException as error:
         _, trace = traces.get(id(error), (None, None))
-        shown = error.__traceback__ and error.__traceback__.tb_next
-        sys.stderr.write(trace or "".join(traceback.format_exception(type(error), error, shown)))
+        frames = error.__traceback__ and error.__traceback__.tb_next
+        sys.stderr.write(trace or "".join(traceback.format_exception(type(error), error, frames)))
         sys.stderr.flush()
         os._exit(1)
     os._exit(0)
@@ -158,7 +158,7 @@ def run_tests(receive, send):
 def main(role, reading, writing):
     sys.set_int_max_str_digits(0)
     incoming = os.fdopen(int(reading), "rb")
-    loads, dumps, write = json.loads, json.dumps, os.write  # the answer may rebind what it finds in modules
+    loads, dumps, write = json.loads, json.dumps, os.write  # the answer may rebind names of modules
 
     def receive():
         line = incoming.readline()

@@ -38,12 +38,12 @@ class Step:
     done: bool = False
 
     def __post_init__(self):
-        # A lone surrogate, which JSON can hold, has no UTF-8 and so no tokens.
+        # JSON can hold a lone surrogate, which cannot be written as UTF-8, and so not be tokenized.
         object.__setattr__(self, "observation", self.observation.encode(errors="replace").decode())
 
 
 class NotScored(UserError):
-    """A task that cannot run here. An evaluation names it, counts it and goes on without it."""
+    """A task that cannot run here. An evaluation names and counts it, and continues without it."""
 
 
 class Environment(abc.ABC):
@@ -84,12 +84,12 @@ def before_stops(text: str, stops: Sequence[str]) -> str:
 
 
 def block(action: str, *languages: str) -> str:
-    """The last fenced block of an answer in one of the languages (or none), else in any, or else all of it."""
+    """The last fenced block in one of the languages or without one, else the last block, else the whole answer."""
     # A fence that opens and closes on one line is inline code.
     text = re.sub(r"```[^\n`]+```", "", action.replace("\r\n", "\n"))
-    found = re.findall(r"```([^\n`]*)\n(.*?)(?:```|\Z)", text, re.DOTALL)
-    named = [text for name, text in found if name.strip().lower() in ("", *languages)]
-    return (named or [text for _, text in found] or [action])[-1]
+    blocks = re.findall(r"```([^\n`]*)\n(.*?)(?:```|\Z)", text, re.DOTALL)
+    matching = [text for name, text in blocks if name.strip().lower() in ("", *languages)]
+    return (matching or [text for _, text in blocks] or [action])[-1]
 
 
 def _cut(text: str) -> str:
@@ -122,11 +122,11 @@ class PythonEnvironment(Environment):
         verdict, errors = check(f"{head}\n{code}\n", self._problem.check)
         if verdict == "passed":
             return Step(observation="All tests passed.", reward=1.0, verdict=verdict)
-        seen = _cut(errors) or f"(no output; {verdict})"
-        return Step(observation=f"The tests failed ({verdict}):\n{seen}", verdict=verdict)
+        output = _cut(errors) or f"(no output; {verdict})"
+        return Step(observation=f"The tests failed ({verdict}):\n{output}", verdict=verdict)
 
 
-# Runs in the box, on a new database in every turn. Long rows are cut here: the sandbox would break the JSON.
+# Runs in the sandbox, on a new database in every turn. Long rows are cut here: cutting the output would break the JSON.
 _SQL = """
 import json, sqlite3
 task = json.load(open('task.json'))
@@ -170,19 +170,19 @@ class SqlEnvironment(Environment):
         result = run(["python", "-I", "-S", "main.py"], files=files, limits=limits)
         if result.code != 0:
             return Step(observation="The query did not finish.", verdict="time")
-        found = json.loads(result.output)
-        if "error" in found:
-            error = found["error"] or "out of memory"  # MemoryError has no text
+        reply = json.loads(result.output)
+        if "error" in reply:
+            error = reply["error"] or "out of memory"  # MemoryError has no text
             verdict = "syntax" if "syntax" in error else "name" if "no such" in error else "other error"
             return Step(observation=f"Error: {error}", verdict=verdict)
-        shown = _cut(f"{found['count']} rows:\n" + "\n".join(found["rows"]))
-        if found["right"]:
-            return Step(observation=f"Right. {shown}", reward=1.0, verdict="passed")
-        return Step(observation=f"Not the answer. {shown}", verdict="wrong answer")
+        text = _cut(f"{reply['count']} rows:\n" + "\n".join(reply["rows"]))
+        if reply["right"]:
+            return Step(observation=f"Right. {text}", reward=1.0, verdict="passed")
+        return Step(observation=f"Not the answer. {text}", verdict="wrong answer")
 
 
 class BashEnvironment(Environment):
-    """A shell in a box whose files stay between turns, solved when a check script succeeds."""
+    """A sandboxed shell whose files stay between turns, solved when a check script succeeds."""
 
     def __init__(self, id: str, task: str, files: Mapping[str, str], check: str):
         self.id = id
@@ -195,7 +195,7 @@ class BashEnvironment(Environment):
         for name, text in self._files.items():
             path = self._box / name
             path.write_text(text)
-            path.chmod(0o666)  # the box may run as another user
+            path.chmod(0o666)  # the sandbox may run as another user
         return (
             "You have a Bash shell. Answer with commands in one ```bash block; you see their output."
             f" Files stay between turns.\n\nTask: {self._task}"
@@ -207,18 +207,18 @@ class BashEnvironment(Environment):
             return EMPTY
         assert self._box is not None, "reset comes first"
         result = run(["bash", "-c", script], directory=self._box, limits=LIMITS)
-        seen = _cut(result.output + result.errors) or "(no output)"
+        output = _cut(result.output + result.errors) or "(no output)"
         if result.timed_out:
-            return Step(observation=f"{seen}\n(stopped: out of time)", verdict="time")
-        # Judged by a run of its own: nothing that the agent started is left.
+            return Step(observation=f"{output}\n(stopped: out of time)", verdict="time")
+        # Checked in a separate run: no process that the agent started is left.
         if run(["bash", "-c", self._check], directory=self._box, limits=LIMITS).code == 0:
-            return Step(observation=f"{seen}\nThe task is solved.", reward=1.0, verdict="passed")
+            return Step(observation=f"{output}\nThe task is solved.", reward=1.0, verdict="passed")
         verdict = "wrong answer" if result.code == 0 else "other error"
         if "command not found" in result.errors or "No such file" in result.errors:
             verdict = "name"
         elif "syntax error" in result.errors:
             verdict = "syntax"
-        return Step(observation=f"{seen}\n(exit code {result.code})", verdict=verdict)
+        return Step(observation=f"{output}\n(exit code {result.code})", verdict=verdict)
 
     def close(self) -> None:
         if self._box is not None:

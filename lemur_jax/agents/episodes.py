@@ -17,7 +17,7 @@ from lemur_jax.agents.mint_sets import open_mint
 from lemur_jax.agents.problems import humaneval
 from lemur_jax.cluster.coordination import from_primary
 from lemur_jax.common.errors import UserError
-from lemur_jax.infer.batching import row_ways
+from lemur_jax.infer.batching import row_shards
 from lemur_jax.infer.complete import finish
 from lemur_jax.infer.engine import ROWS, SLOTS, Engine
 from lemur_jax.infer.generate import make_engine, make_requests
@@ -57,10 +57,10 @@ class Trace:
 
 
 class SessionAgent:
-    """Our model in process, greedy; a conversation that no longer fits is `shortened`.
+    """A model in this process, greedy; a conversation that no longer fits is shortened.
 
     Args:
-      batch_tokens: of the cache that conversations share, for each way in which the mesh shards rows.
+      batch_tokens: tokens of the cache that conversations share, for each shard of rows on the mesh.
     """
 
     def __init__(self, session: Session, *, max_new_tokens: int = 512, batch_tokens: int = SLOTS):
@@ -72,69 +72,69 @@ class SessionAgent:
 
     @property
     def default_batch(self) -> int:
-        """How many conversations of 2,048 tokens have a row each, in which every turn reads only what is new."""
+        """The number of conversations of 2,048 tokens that have a row each, so that a turn reads only new tokens."""
         length = min(2048, self._session.model.max_position_embeddings)
-        return row_ways(self._session) * max(1, min(ROWS, self._batch_tokens // length))
+        return row_shards(self._session) * max(1, min(ROWS, self._batch_tokens // length))
 
     def batch(self, asked: Sequence[tuple[Sequence[Message], Sequence[str]]]) -> list[str]:
         """The next turns of several conversations, which share the device; each with the strings that end its turn."""
-        room = self._session.model.max_position_embeddings - self._limit
-        prompts = [(self._prompt(messages, room), stops) for messages, stops in asked]
+        max_length = self._session.model.max_position_embeddings - self._limit
+        prompts = [(self._prompt(messages, max_length), stops) for messages, stops in asked]
         return self._answer(json.loads(from_primary(json.dumps(prompts))))
 
     def follow(self) -> None:
-        """On hosts other than the primary, which alone has environments: computes what it asks for until its `end`."""
+        """On the other hosts: computes what the primary, which alone has environments, asks for, until its `end`."""
         while prompts := json.loads(from_primary("")):
             self._answer(prompts)
 
     def end(self) -> None:
-        """Lets the other hosts go."""
+        """Ends `follow` on the other hosts."""
         from_primary("[]")
 
     def _answer(self, prompts: list[tuple[list[int], list[str]]]) -> list[str]:
-        longest = self._session.model.max_position_embeddings
-        ends = stop_ids(self._session.need_tokenizer())
-        requests = make_requests([ids for ids, _ in prompts], self._limit, ends, None, None)
-        wanted = max(request.length for request in requests)
-        # Conversations grow with every turn: rows of few lengths are few programs to compile.
-        if self._engine is None or wanted > self._length:
-            self._length = min(longest, 1 << (wanted - 1).bit_length())
+        max_length = self._session.model.max_position_embeddings
+        stop_tokens = stop_ids(self._session.need_tokenizer())
+        requests = make_requests([ids for ids, _ in prompts], self._limit, stop_tokens, None, None)
+        length = max(request.length for request in requests)
+        # Conversations grow with every turn: few different lengths of rows are few programs to compile.
+        if self._engine is None or length > self._length:
+            self._length = min(max_length, 1 << (length - 1).bit_length())
             self._engine = make_engine(self._session, requests, self._batch_tokens, self._length)
         else:
             for request in requests:
                 self._engine.submit(request)
         answers = [""] * len(requests)
         for stops in dict.fromkeys(tuple(stops) for _, stops in prompts):
-            members = [index for index, one in enumerate(prompts) if tuple(one[1]) == stops]
-            texts = finish(self._session, self._engine, [requests[index] for index in members], stops)
-            for index, text in zip(members, texts, strict=True):
-                answers[index] = text.text.strip()
+            indices = [index for index, prompt in enumerate(prompts) if tuple(prompt[1]) == stops]
+            completions = finish(self._session, self._engine, [requests[index] for index in indices], stops)
+            for index, completion in zip(indices, completions, strict=True):
+                answers[index] = completion.text.strip()
         return answers
 
-    def _prompt(self, messages: Sequence[Message], room: int) -> list[int]:
-        """Ids of the conversation, shortened to at most `room`."""
-        if not takes_tools(self._session.need_tokenizer()):
+    def _prompt(self, messages: Sequence[Message], max_length: int) -> list[int]:
+        """Ids of the conversation, shortened to at most `max_length`."""
+        if not supports_tool_role(self._session.need_tokenizer()):
             messages = _without_tools(messages)
         while True:
             ids = encode_chat(self._session.need_tokenizer(), messages, add_generation_prompt=True)[0]
-            if len(ids) <= room or not (shorter := shortened(messages)):
-                return ids[-room:]
+            if len(ids) <= max_length or not (shorter := shorten_conversation(messages)):
+                return ids[-max_length:]
             messages = shorter
 
 
-def shortened(messages: Sequence[Message]) -> list[Message]:
-    """Without the oldest turn after the task, or else with half of the longest text; [] if that is short."""
+def shorten_conversation(messages: Sequence[Message]) -> list[Message]:
+    """The messages without the oldest turn after the task, or with half of the longest text; [] if it is short."""
     if len(messages) > 3:
-        return [messages[0], *messages[3:]]  # without an answer, and the observation after it
-    found = list(messages)
-    longest = max(range(len(found)), key=lambda index: len(found[index]["content"]))
-    text, part = found[longest]["content"], len(found[longest]["content"]) // 4
-    found[longest] = {**found[longest], "content": f"{text[:part]}\n[...]\n{text[-part:]}"}
-    return found if part > 5 else []
+        return [messages[0], *messages[3:]]  # drops the first answer and its observation
+    result = list(messages)
+    longest = max(range(len(result)), key=lambda index: len(result[index]["content"]))
+    text, quarter = result[longest]["content"], len(result[longest]["content"]) // 4
+    result[longest] = {**result[longest], "content": f"{text[:quarter]}\n[...]\n{text[-quarter:]}"}
+    return result if quarter > 5 else []
 
 
 @functools.lru_cache(maxsize=1)
-def takes_tools(tokenizer: Tokenizer) -> bool:
+def supports_tool_role(tokenizer: Tokenizer) -> bool:
     """Whether the chat template writes turns of the role `tool`."""
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant", "tool")]
     try:
@@ -153,7 +153,7 @@ def endpoint_agent(
 ) -> Agent:
     """A model behind an OpenAI-compatible endpoint, greedy; its key comes from OPENAI_API_KEY.
 
-    A conversation that the endpoint refuses after the first turn, as it does where one is too long, is `shortened`.
+    A conversation that the endpoint refuses after the first turn, e.g. because it is too long, is shortened.
 
     Raises:
       UserError: the client is not installed; at a turn, the endpoint refuses or cannot be reached.
@@ -165,7 +165,7 @@ def endpoint_agent(
     client = OpenAI(base_url=base_url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
 
     def answer(messages: Sequence[Message], stops: Sequence[str] = stops) -> str:
-        turns: list[Any] = _without_tools(messages)  # OpenAI accepts them only after a call of its own form
+        turns: list[Any] = _without_tools(messages)  # OpenAI accepts tool turns only after its own tool calls
         options: dict[str, Any] = {"stop": list(stops[:4])} if stops else {}  # OpenAI takes four
         reply: Any = None
         try:
@@ -176,7 +176,7 @@ def endpoint_agent(
             text = (reply.choices[0].message.content or "").encode(errors="replace").decode()
         except OpenAIError as error:
             refused = isinstance(error, APIStatusError) and error.status_code in (400, 413, 422)
-            if refused and len(messages) > 1 and (shorter := shortened(messages)):
+            if refused and len(messages) > 1 and (shorter := shorten_conversation(messages)):
                 return answer(shorter, stops)
             raise UserError(f"the endpoint {base_url}, model {model!r}: {error}") from error
         except (AttributeError, LookupError, TypeError, ValueError) as error:  # as of a web page, or no JSON
@@ -192,7 +192,7 @@ KINDS = ("python", "sql", "bash", "tools", "intercode-sql", "intercode-bash", *_
 
 
 def check_kinds(names: Sequence[str]) -> None:
-    """UserError: another name than those of `KINDS`."""
+    """Raises UserError for a name that is not in `KINDS`."""
     for name in names:
         if name not in KINDS:
             raise UserError(
@@ -216,10 +216,10 @@ def open_environments(
       names: of `KINDS`.
       limit: of each kind.
       data: MINT's or InterCode's.
-      stack: keeps InterCode's database server; None: until this process ends.
+      stack: closes InterCode's database server; None: it is closed when this process ends.
       expert: gives feedback in MINT.
       python: the interpreter that runs MINT's cells.
-      skip: tasks of each kind that are left out in front.
+      skip: the first tasks of each kind that are left out.
 
     Raises:
       UserError: another kind, `skip` leaves no task of a kind, or data or a library is missing.
@@ -233,18 +233,18 @@ def open_environments(
         "intercode-sql": lambda: intercode.open_sql(data, servers),
         "intercode-bash": lambda: intercode_bash.open_bash(data),
     }
-    for name, only in _MINT_KINDS.items():
-        makers[name] = functools.partial(open_mint, data, only, expert=expert, python=python)
+    for name, sets in _MINT_KINDS.items():
+        makers[name] = functools.partial(open_mint, data, sets, expert=expert, python=python)
     check_kinds(names)
-    found: dict[str, Environment] = {}  # a set of MINT may be named twice
+    by_id: dict[str, Environment] = {}  # a set of MINT may be named twice
     for name in names:
         for kind, tasks in by_kind(makers[name]()).items():
             if skip and skip >= len(tasks):
                 raise UserError(f"{kind} has {len(tasks)} tasks, and all are skipped: --skip is {skip}")
-            found |= {task.id: task for task in tasks[skip:][:limit]}
+            by_id |= {task.id: task for task in tasks[skip:][:limit]}
     if stack is None:
-        atexit.register(servers.close)  # now, so that it comes before the removal of the servers' directories
-    return list(found.values())
+        atexit.register(servers.close)  # now, to run before the servers' directories are removed
+    return list(by_id.values())
 
 
 def by_kind(traces: Iterable[Any]) -> dict[str, list[Any]]:
@@ -264,17 +264,17 @@ def success_by_turn(traces: Sequence[Trace], max_turns: int) -> list[float]:
 
 
 def paper_scores(traces: Iterable[Trace]) -> dict[str, float]:
-    """Percent solved, by the row of the paper's Tables 4 to 7; runs with feedback have rows of their own (Table 6)."""
+    """Percent solved, by the row of the paper's Tables 4 to 7; runs with feedback have separate rows (Table 6)."""
     rows = {f"mint-{name}": f"M-{title}" for name, title in mint.SETS.items()}
     rows |= {"intercode-sql": "IC-SQL", "intercode-bash": "IC-Bash"}
-    found = {}
-    for kind, of_kind in by_kind(traces).items():
+    scores = {}
+    for kind, group in by_kind(traces).items():
         if kind in rows:
-            seen = [turn.step.observation for trace in of_kind for turn in trace.turns]
-            feedback = ", feedback" if any(mint.FEEDBACK in text for text in seen) else ""
-            solved = sum(trace.solved_at is not None for trace in of_kind)
-            found[rows[kind] + feedback] = 100 * solved / len(of_kind)
-    return found
+            observations = [turn.step.observation for trace in group for turn in trace.turns]
+            feedback = ", feedback" if any(mint.FEEDBACK in text for text in observations) else ""
+            solved = sum(trace.solved_at is not None for trace in group)
+            scores[rows[kind] + feedback] = 100 * solved / len(group)
+    return scores
 
 
 def failure(trace: Trace) -> str | None:
@@ -291,39 +291,39 @@ def format_episodes(traces: Sequence[Trace], max_turns: int) -> str:
     kinds = by_kind(traces)
     header = "".join(f"{f'turn {turn}':>9}" for turn in range(1, max_turns + 1))
     lines = [f"{'solved, %':<14}{'episodes':>9}{header}"]
-    for kind, of_kind in kinds.items():
-        rates = "".join(f"{rate:9.1f}" for rate in success_by_turn(of_kind, max_turns))
-        lines.append(f"{kind:<14}{len(of_kind):>9}{rates}")
-    for kind, of_kind in kinds.items():
-        counts = collections.Counter(filter(None, map(failure, of_kind))).most_common()
+    for kind, group in kinds.items():
+        rates = "".join(f"{rate:9.1f}" for rate in success_by_turn(group, max_turns))
+        lines.append(f"{kind:<14}{len(group):>9}{rates}")
+    for kind, group in kinds.items():
+        counts = collections.Counter(filter(None, map(failure, group))).most_common()
         if counts:
             lines.append(f"{kind} failures: " + ", ".join(f"{name} {count}" for name, count in counts))
     return "\n".join(lines)
 
 
 def to_json(traces: Sequence[Trace], max_turns: int) -> dict[str, Any]:
-    """Every trace whole, as JSON takes it."""
-    whole = [
+    """All traces in full, as JSON values."""
+    records = [
         dataclasses.asdict(trace) | {"solved_at": trace.solved_at, "failure": failure(trace)}
         for trace in traces
     ]
-    return {"max_turns": max_turns, "traces": whole}
+    return {"max_turns": max_turns, "traces": records}
 
 
 def from_json(trace: Mapping[str, Any]) -> Trace:
-    """A trace of `to_json`."""
+    """A trace from one item of `to_json`."""
     turns = tuple(Turn(action=turn["action"], step=Step(**turn["step"])) for turn in trace["turns"])
     return Trace(id=trace["id"], task=trace["task"], turns=turns)
 
 
 def conversations(traces: Iterable[Trace]) -> list[dict[str, Any]]:
     """The solved episodes for fine-tuning, which learns the agent's turns alone."""
-    found = []
+    examples = []
     for trace in traces:
         if trace.solved_at:
             messages: list[Message] = [{"role": "user", "content": trace.task}]
             for turn in trace.turns:
                 messages.append({"role": "assistant", "content": turn.action})
                 messages.append({"role": turn.step.role, "content": turn.step.observation})
-            found.append({"id": trace.id, "messages": messages[:-1]})
-    return found
+            examples.append({"id": trace.id, "messages": messages[:-1]})
+    return examples

@@ -49,18 +49,18 @@ def sql_reward(found: Any, expected: Any) -> float:
     """Intersection over union of the rows as multisets, times Kendall's tau of their order."""
     if not isinstance(found, list) or not isinstance(expected, list):
         return 0.0
-    ours, theirs = list(map(str, found)), list(map(str, expected))
-    both = collections.Counter(ours) & collections.Counter(theirs)
-    either = collections.Counter(ours) | collections.Counter(theirs)
-    if not either:
+    rows, gold = list(map(str, found)), list(map(str, expected))
+    shared = collections.Counter(rows) & collections.Counter(gold)
+    union = collections.Counter(rows) | collections.Counter(gold)
+    if not union:
         return 1.0
-    reward = both.total() / either.total()
-    if both.total() > 1:
+    reward = shared.total() / union.total()
+    if shared.total() > 1:
         from scipy.stats import kendalltau
 
-        order = {row: rank for rank, row in enumerate(sorted(both))}
-        tau = float(kendalltau(_common(ours, both, order), _common(theirs, both, order)).statistic)
-        if not math.isnan(tau):  # as of equal rows
+        order = {row: rank for rank, row in enumerate(sorted(shared))}
+        tau = float(kendalltau(_common(rows, shared, order), _common(gold, shared, order)).statistic)
+        if not math.isnan(tau):  # NaN if all rows are equal
             reward = round(tau * reward, 2)
     return reward
 
@@ -70,18 +70,18 @@ def in_mysql_wording(text: str) -> str:
     text = re.sub(r"\b((?:tiny|small|medium|big)?int)\(\d+\)", r"\1", text)
     text = text.replace("your MariaDB server version", "your MySQL server version")
     text = text.replace("This version of MariaDB doesn't", "This version of MySQL doesn't")
-    for ours, theirs in _CLAUSES.items():
-        text = text.replace(f"' in '{ours}'", f"' in '{theirs}'")
-        text = text.replace(f"' in {ours} is ambiguous", f"' in {theirs} is ambiguous")
+    for mariadb, mysql in _CLAUSES.items():
+        text = text.replace(f"' in '{mariadb}'", f"' in '{mysql}'")
+        text = text.replace(f"' in {mariadb} is ambiguous", f"' in {mysql} is ambiguous")
     return text
 
 
-def _common(rows: Sequence[str], both: Mapping[str, int], order: Mapping[str, int]) -> list[int]:
+def _common(rows: Sequence[str], shared: Mapping[str, int], order: Mapping[str, int]) -> list[int]:
     """Ranks of the first rows that are in both answers."""
-    left, ranks = dict(both), []
+    remaining, ranks = dict(shared), []
     for row in rows:
-        if left.get(row):
-            left[row] -= 1
+        if remaining.get(row):
+            remaining[row] -= 1
             ranks.append(order[row])
     return ranks
 
@@ -102,7 +102,7 @@ class InterCodeSql(Environment):
         self._connection = connect(self._socket, self._task["db"])
         # Before the agent's first query: USE and SET would change what the solution finds.
         expected = self.execute(self._task["gold"])
-        # InterCode takes a solution that fails for one without rows.
+        # InterCode treats a solution that fails as one without rows.
         self._expected = [] if isinstance(expected, str) else expected
         return (
             f"Answer a question about the MySQL database {self._task['db']} with queries, one in a ```sql block at a"
@@ -113,10 +113,10 @@ class InterCodeSql(Environment):
     def step(self, action: str) -> Step:
         if "```" not in action:
             return Step(observation=NO_CODE, verdict="invalid action")
-        found = self.execute(block(action, "sql", "mysql"))
-        reward = sql_reward(found, self._expected)
-        verdict = "passed" if reward == 1 else "execution error" if isinstance(found, str) else "wrong answer"
-        return Step(observation=in_mysql_wording(str(found)), verdict=verdict, reward=reward)
+        rows = self.execute(block(action, "sql", "mysql"))
+        reward = sql_reward(rows, self._expected)
+        verdict = "passed" if reward == 1 else "execution error" if isinstance(rows, str) else "wrong answer"
+        return Step(observation=in_mysql_wording(str(rows)), verdict=verdict, reward=reward)
 
     def execute(self, query: str) -> Any:
         """The rows, None for a statement without any, or the error as a text."""
@@ -127,7 +127,7 @@ class InterCodeSql(Environment):
                 cursor.execute(query)
                 return list(cursor.fetchall()) if cursor.description else None
         except MySQLError as error:
-            if not self._connection.open:  # after KILL, which ends those of other episodes too
+            if not self._connection.open:  # after KILL, which also ends connections of other episodes
                 self._connection = connect(self._socket, self._task["db"])
             return f"Error executing query: {error.args[-1] if error.args else error}"
 
@@ -145,16 +145,16 @@ def open_sql(data: str, stack: contextlib.ExitStack) -> list[InterCodeSql]:
     )
     tasks = read_tasks(path, "query", "gold", "db", "db_tables")
     socket = stack.enter_context(server(dump))
-    return [InterCodeSql(number, task, socket) for number, task in enumerate(tasks)]
+    return [InterCodeSql(index, task, socket) for index, task in enumerate(tasks)]
 
 
 def read_tasks(path: pathlib.Path, *fields: str) -> list[dict[str, Any]]:
     """The tasks of a file of InterCode; UserError if it is missing or damaged, or one lacks a field."""
     try:
         tasks = json.loads(path.read_bytes())
-        for number, field in itertools.product(range(len(tasks)), fields):
-            if field not in tasks[number]:
-                raise ValueError(f"task {number} lacks {field}")
+        for index, field in itertools.product(range(len(tasks)), fields):
+            if field not in tasks[index]:
+                raise ValueError(f"task {index} lacks {field}")
         return tasks
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a whole file of InterCode's tasks ({error!r}): {WHERE}") from error
@@ -169,8 +169,8 @@ def recorded_run(path: pathlib.Path, kind: str) -> list[Recorded]:
                 id=f"intercode-{kind}/{_tree(episode)}{episode['task_id']}",
                 opening=episode["query"],
                 turns=[
-                    (action if "SQL code here" in str(seen) else f"```{kind}\n{action}\n```", str(seen))
-                    for action, seen in zip(history["actions"], history["observations"], strict=True)
+                    (action if "SQL code here" in str(output) else f"```{kind}\n{action}\n```", str(output))
+                    for action, output in zip(history["actions"], history["observations"], strict=True)
                 ],
                 success=episode["summary"]["max_reward"] >= 0.995,
             )
@@ -183,5 +183,5 @@ def recorded_run(path: pathlib.Path, kind: str) -> list[Recorded]:
 
 def _tree(episode: Mapping[str, Any]) -> str:
     """The number of a Bash task's file tree, e.g. "2-"."""
-    found = re.search(r"nl2bash_fs_(\d)", episode["dataset"])
-    return f"{found[1]}-" if found else ""
+    match = re.search(r"nl2bash_fs_(\d)", episode["dataset"])
+    return f"{match[1]}-" if match else ""

@@ -21,11 +21,11 @@ from lemur_jax.agents.scratch import make_directory, remove_tree
 from lemur_jax.common.errors import UserError
 
 logger = logging.getLogger(__name__)
-# Where the set-up scripts make their trees; in the sandbox they are in the box.
+# Where the set-up scripts make their file trees; here they are below the sandbox's directory.
 _TREES = re.compile(r"(?<![\w./~])/(testbed|system|workspace|backup)\b")
 Files = dict[str, tuple[int, str]]  # path -> (executable bits, digest or target)
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"")
-# Words where a command has a program (a lookahead: that of xargs follows another), and paths outside the trees.
+# Words in the place of a program (a lookahead, as that of xargs follows another), and paths outside the trees.
 _PROGRAM = re.compile(
     r"(?=(?:^|[|;&(`]|-exec\s|\bxargs(?:\s+-\S+|\s+\{\})*\s)\s*([A-Za-z][\w+-]*)(?![\w=/]))"
 )
@@ -39,25 +39,25 @@ _MISSING = 'for word; do type "$word" > /dev/null 2>&1 || [ -w "$word" ] || echo
 
 def bash_reward(before: Files, ours: Files, theirs: Files, seen: str, expected: str) -> float:
     """0.01, and 0.33 each for the paths changed, the content of new files and the output of the last command."""
-    changed, wanted = changes(before, ours), changes(before, theirs)
-    reward = 0.01 + round(0.33 * (1 - math.erf(len(changed ^ wanted))), 2)
-    both = [path for path, kind in changed & wanted if kind == "??"]
+    changed, gold = changes(before, ours), changes(before, theirs)
+    reward = 0.01 + round(0.33 * (1 - math.erf(len(changed ^ gold))), 2)
+    paths = [path for path, kind in changed & gold if kind == "??"]
     # InterCode compares files with a dot in their path alone.
-    same = sum("." not in path or path.endswith("/") or ours[path][1] == theirs[path][1] for path in both)
-    reward += round(0.33 * same / len(both), 2) if both else 0.33
+    same = sum("." not in path or path.endswith("/") or ours[path][1] == theirs[path][1] for path in paths)
+    reward += round(0.33 * same / len(paths), 2) if paths else 0.33
     return round(reward + round(0.33 * similarity(seen, expected), 2), 2)
 
 
 def changes(before: Files, after: Files) -> set[tuple[str, str]]:
-    """(path, D, M or ??) as `git status --short`, which names a new directory alone."""
-    found = {(path, "D") for path in before.keys() - after.keys()}
-    found |= {(path, "M") for path in before.keys() & after.keys() if before[path] != after[path]}
-    known = {str(parent) for path in before for parent in pathlib.PurePath(path).parents}
+    """(path, D, M or ??) as in `git status --short`, which lists a new directory but not its files."""
+    entries = {(path, "D") for path in before.keys() - after.keys()}
+    entries |= {(path, "M") for path in before.keys() & after.keys() if before[path] != after[path]}
+    directories = {str(parent) for path in before for parent in pathlib.PurePath(path).parents}
     for path in after.keys() - before.keys():
         parents = [str(parent) for parent in reversed(pathlib.PurePath(path).parents)]
-        new = next((f"{parent}/" for parent in parents[1:] if parent not in known), path)
-        found.add((new, "??"))
-    return found
+        untracked = next((f"{parent}/" for parent in parents[1:] if parent not in directories), path)
+        entries.add((untracked, "??"))
+    return entries
 
 
 def similarity(first: str, second: str) -> float:
@@ -67,15 +67,15 @@ def similarity(first: str, second: str) -> float:
     if not words:
         return float(first == second)
     weight = {word: 1 + math.log(3 / (1 + sum(word in count for count in counts))) for word in words}
-    one, two = ({word: count[word] * weight[word] for word in words} for count in counts)
-    norm = math.hypot(*one.values()) * math.hypot(*two.values())
-    return sum(one[word] * two[word] for word in words) / norm if norm else 0.0
+    u, v = ({word: count[word] * weight[word] for word in words} for count in counts)
+    norm = math.hypot(*u.values()) * math.hypot(*v.values())
+    return sum(u[word] * v[word] for word in words) / norm if norm else 0.0
 
 
-class _World:
-    """A file tree in the sandbox, made by a script or a copy of another; the box is its root."""
+class _FileTree:
+    """A file tree made by a set-up script or copied from another; its root is the directory of the sandbox."""
 
-    def __init__(self, setup: str = "", *, like: "_World | None" = None):
+    def __init__(self, setup: str = "", *, like: "_FileTree | None" = None):
         self.box = make_directory("bash-")
         self._root = run(["pwd"], directory=self.box, limits=LIMITS).output.strip()
         self._place = "."
@@ -92,22 +92,22 @@ class _World:
         return (result.output + result.errors).replace(f"{self._root}/", "/"), result.code == 0
 
     def execute(self, command: str) -> tuple[str, bool]:
-        """What a command prints, and whether it succeeds. As in InterCode it is quoted once more, and cd persists."""
-        place = ""
+        """The output of a command, and whether it succeeds. As in InterCode it is in double quotes, and cd persists."""
+        cwd = ""
         if command.startswith("cd "):
-            place = os.path.normpath(os.path.join("/", self._place, command[3:].strip()))
-            command = f"cd {place}"
+            cwd = os.path.normpath(os.path.join("/", self._place, command[3:].strip()))
+            command = f"cd {cwd}"
         try:
             words = shlex.split(f'/bin/bash -c "{command.strip()}"')
         except ValueError:
             return "Malformed command", False
-        seen, succeeded = self._run(words)
-        if place and succeeded and (self.box / place.lstrip("/")).is_dir():
-            self._place = place.lstrip("/") or "."
-        return seen, succeeded
+        output, succeeded = self._run(words)
+        if cwd and succeeded and (self.box / cwd.lstrip("/")).is_dir():
+            self._place = cwd.lstrip("/") or "."
+        return output, succeeded
 
     def files(self) -> Files:
-        found = {}
+        files = {}
         for directory, folders, names in os.walk(self.box):
             for name in (*folders, *names):  # a link to a directory is among the folders
                 path = pathlib.Path(directory, name)
@@ -116,15 +116,15 @@ class _World:
                 with contextlib.suppress(PermissionError):
                     mode = path.lstat().st_mode
                     if stat.S_ISLNK(mode):
-                        found[place] = 0, os.readlink(path)
+                        files[place] = 0, os.readlink(path)
                     elif stat.S_ISREG(mode):
-                        found[place] = mode & 0o111, "unreadable"
-                        found[place] = mode & 0o111, hashlib.sha256(path.read_bytes()).hexdigest()
-        return found
+                        files[place] = mode & 0o111, "unreadable"
+                        files[place] = mode & 0o111, hashlib.sha256(path.read_bytes()).hexdigest()
+        return files
 
 
 class InterCodeBash(Environment):
-    """A task, solved with reward 1: the changes and the output of its solution."""
+    """A task, solved (reward 1) by the changes and the output of its solution."""
 
     max_turns = MAX_STEPS
     cumulative_rewards = True
@@ -132,18 +132,18 @@ class InterCodeBash(Environment):
     def __init__(self, id: str, task: Mapping[str, str], setup: str):
         self.id, self.content = f"intercode-bash/{id}", [task, setup]
         self._task, self._setup = task, setup
-        self._world: _World | None = None
+        self._world: _FileTree | None = None
 
     def reset(self) -> str:
         self.close()
-        self._world = _World(self._setup)
+        self._world = _FileTree(self._setup)
         # A copy: a second run of the script would differ in times, also inside archives.
-        solved = _World(like=self._world)
-        self._before = solved.files()
-        self._expected, _ = solved.execute(self._task["gold"])
-        self._wanted = solved.files()
-        remove_tree(solved.box)
-        # An answer that fails alike would count as right.
+        reference = _FileTree(like=self._world)
+        self._before = reference.files()
+        self._expected, _ = reference.execute(self._task["gold"])
+        self._wanted = reference.files()
+        remove_tree(reference.box)
+        # An answer that fails in the same way would count as right.
         if _FAILED.search(self._expected):
             self.close()
             raise NotScored(f"{self.id}: its solution cannot run here: {self._expected.strip()}")
@@ -154,10 +154,10 @@ class InterCodeBash(Environment):
 
     def step(self, action: str) -> Step:
         assert self._world is not None, "reset comes first"
-        seen, succeeded = self._world.execute(block(action, "bash", "sh", "shell"))
-        reward = bash_reward(self._before, self._world.files(), self._wanted, seen, self._expected)
+        output, succeeded = self._world.execute(block(action, "bash", "sh", "shell"))
+        reward = bash_reward(self._before, self._world.files(), self._wanted, output, self._expected)
         verdict = "passed" if reward >= 1 else "wrong answer" if succeeded else "execution error"
-        return Step(observation=seen, verdict=verdict, reward=reward)
+        return Step(observation=output, verdict=verdict, reward=reward)
 
     def close(self) -> None:
         if self._world is not None:
@@ -171,7 +171,7 @@ def open_bash(data: str) -> list[InterCodeBash]:
     Raises:
       UserError: tasks or set-up scripts are missing or damaged.
     """
-    root, found = find_data(data, "nl2bash/nl2bash_fs_1.json", WHERE), {}
+    root, requirements = find_data(data, "nl2bash/nl2bash_fs_1.json", WHERE), {}
     for number in range(1, 5):
         script = f"docker/bash_scripts/setup_nl2b_fs_{number}.sh"
         setups = [path for path in (root / script, root.parent / script) if path.exists()]
@@ -180,14 +180,14 @@ def open_bash(data: str) -> list[InterCodeBash]:
         tasks = read_tasks(root / "nl2bash" / f"nl2bash_fs_{number}.json", "query", "gold")
         setup = setups[0].read_text(encoding="utf-8")
         for index, task in enumerate(tasks):
-            found[InterCodeBash(f"{number}-{index}", task, setup)] = needs(task["gold"])
-    words = set().union(*found.values())
+            requirements[InterCodeBash(f"{number}-{index}", task, setup)] = needs(task["gold"])
+    words = set().union(*requirements.values())
     missing = set(run(["bash", "-c", _MISSING, "bash", *words], limits=LIMITS).output.splitlines())
     for word in sorted(missing):
-        ids = [environment.id for environment, needed in found.items() if word in needed]
+        ids = [environment.id for environment, needed in requirements.items() if word in needed]
         text = "%d of %d tasks are not scored, as the sandbox has no program or writable path %s: %s"
-        logger.warning(text, len(ids), len(found), word, ", ".join(ids))
-    return [environment for environment, needed in found.items() if not needed & missing]
+        logger.warning(text, len(ids), len(requirements), word, ", ".join(ids))
+    return [environment for environment, needed in requirements.items() if not needed & missing]
 
 
 def needs(command: str) -> set[str]:

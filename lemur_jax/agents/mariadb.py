@@ -1,4 +1,4 @@
-"""A MariaDB server of its own: temporary, on a socket, without a network."""
+"""A temporary MariaDB server, on a socket and without a network."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from lemur_jax.agents.scratch import make_directory
 from lemur_jax.common.errors import UserError
 
 USER = "agent"
-MOST_ROWS = 10_000  # that a query returns, if it has no LIMIT; the solutions' have up to 1,860
+MAX_ROWS = 10_000  # that a query without LIMIT returns; the solutions return up to 1,860
 _START_SECONDS = 60.0
 
 
@@ -29,7 +29,7 @@ def server(dump: pathlib.Path) -> Iterator[pathlib.Path]:
     if not (program := shutil.which("mariadbd", path=f"{os.environ['PATH']}:/usr/sbin")):
         raise UserError("InterCode-SQL needs MariaDB's server: apt-get install mariadb-server")
     directory = make_directory("db-")
-    launch = ["setpriv", "--pdeathsig=TERM"]  # it ends with this process, also where that is killed
+    launch = ["setpriv", "--pdeathsig=TERM"]  # it ends with this process, even if that is killed
     if os.getuid() == 0:
         shutil.chown(directory, "nobody")
         launch += ["--reuid=nobody", f"--regid={pwd.getpwnam('nobody').pw_gid}", "--clear-groups"]
@@ -43,8 +43,8 @@ def server(dump: pathlib.Path) -> Iterator[pathlib.Path]:
             if subprocess.run([*launch, *install, *options], **streams).returncode:
                 raise UserError(f"mariadb-install-db fails: {log.read_text().strip().splitlines()[-1]}")
             options += ["--skip-networking", f"--socket={socket}", f"--secure-file-priv={directory}/data"]
-            # As where the runs were recorded, names of tables do not depend on upper and lower case. No mode: MariaDB's
-            # ONLY_FULL_GROUP_BY refuses queries that MySQL 8 takes; without it more of the recorded verdicts come back.
+            # As in the recorded runs, table names ignore case. No mode: MariaDB's ONLY_FULL_GROUP_BY refuses
+            # queries that MySQL 8 accepts; without it more of the recorded verdicts are reproduced.
             options += ["--sql-mode=", "--lower-case-table-names=1"]
             options += ["--max-statement-time=30", "--skip-log-bin"]
             process = subprocess.Popen([*launch, program, "--no-defaults", *options], **streams)
@@ -59,11 +59,11 @@ def server(dump: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _wait(process: subprocess.Popen, socket: pathlib.Path, log: pathlib.Path) -> None:
-    end = time.monotonic() + _START_SECONDS
+    deadline = time.monotonic() + _START_SECONDS
     while subprocess.run(
         ["mariadb-admin", "--no-defaults", "-uroot", f"-S{socket}", "ping"], capture_output=True
     ).returncode:
-        if process.poll() is not None or time.monotonic() > end:
+        if process.poll() is not None or time.monotonic() > deadline:
             raise UserError(f"the database server does not start: {log.read_text().strip().splitlines()[-1]}")
         time.sleep(0.2)
 
@@ -72,9 +72,9 @@ def _load(socket: pathlib.Path, dump: pathlib.Path) -> None:
     text = re.sub(r"utf8mb4_0900_\w+", "utf8mb4_general_ci", dump.read_text(encoding="utf-8"))
     text += f"\nCREATE USER {USER}@localhost;\nGRANT SELECT, SHOW VIEW, SHOW DATABASES ON *.* TO {USER}@localhost;\n"
     command = ["mariadb", "--no-defaults", "-uroot", f"-S{socket}", "--default-character-set=utf8mb4"]
-    loaded = subprocess.run(command, input=text, capture_output=True, text=True)
-    if loaded.returncode:
-        raise UserError(f"the server refuses {dump}: {loaded.stderr.strip()}")
+    result = subprocess.run(command, input=text, capture_output=True, text=True)
+    if result.returncode:
+        raise UserError(f"the server refuses {dump}: {result.stderr.strip()}")
 
 
 def connect(socket: pathlib.Path, database: str) -> Any:
@@ -83,9 +83,9 @@ def connect(socket: pathlib.Path, database: str) -> Any:
         import pymysql
     except ImportError as error:
         raise UserError("InterCode-SQL needs a client: pip install 'lemur_jax[agents]'") from error
-    where = {"unix_socket": str(socket), "user": USER, "database": database, "charset": "utf8mb4"}
+    options = {"unix_socket": str(socket), "user": USER, "database": database, "charset": "utf8mb4"}
     try:
-        return pymysql.connect(**where, init_command=f"SET sql_select_limit={MOST_ROWS}")
+        return pymysql.connect(**options, init_command=f"SET sql_select_limit={MAX_ROWS}")
     except pymysql.MySQLError as error:
         raise UserError(
             f"the server of InterCode-SQL is gone, or has no database {database!r}: {error}"

@@ -28,9 +28,9 @@ INVALID = (
     "For example: The answer to the question is <solution> 42 </solution>. \n"
 )
 FEEDBACK = "\nExpert feedback:\n"
-# Where MINT cuts an answer that goes on with turns of the environment.
+# MINT cuts an answer at these, where it continues with turns of the environment.
 STOPS = ("\nObservation:", "\nExpert feedback:", "\nTask:", "\n---", "\nHuman:")
-# What the expert gets before example, task and turns; the recorded runs' prompt is not in their data.
+# The expert's instructions, before example, task and turns; those of the recorded runs are not in their data.
 _EXPERT = (
     "You review the work of an assistant. Say whether its last step is GOOD or BAD and why, in a few sentences that"
     " help it to go on. Write no code and do not give the answer away. Follow the expert of the example if there is"
@@ -80,8 +80,8 @@ def recorded_run(directory: pathlib.Path, only: Sequence[str] = ()) -> dict[str,
     Raises:
       UserError: there are none, one is damaged, they follow another protocol, or there are runs of several models.
     """
-    found: dict[str, list[Recorded]] = {}
-    directory = directory.absolute()  # the names above it count too
+    episodes: dict[str, list[Recorded]] = {}
+    directory = directory.absolute()  # names of its parents count too
     paths = [directory] if directory.is_file() else sorted(directory.glob("**/results.jsonl"))
     for path in paths:
         name = path.parent.name
@@ -89,12 +89,12 @@ def recorded_run(directory: pathlib.Path, only: Sequence[str] = ()) -> dict[str,
             continue
         if PROTOCOL not in path.parts:
             raise UserError(f"{path} is not a run of the protocol {PROTOCOL}")
-        if name in found:
+        if name in episodes:
             raise UserError(f"{directory} holds several runs of {name}: name the directory of one")
-        found[name] = _read_lines(path, "an episode", functools.partial(_recorded, name))
-    if not found:
+        episodes[name] = _read_lines(path, "an episode", functools.partial(_recorded, name))
+    if not episodes:
         raise UserError(f"{directory} holds no results.jsonl of MINT ({', '.join(only or SETS)})")
-    return found
+    return episodes
 
 
 def _read_lines(path: pathlib.Path, what: str, parse: Callable[[Any], Any]) -> list[Any]:
@@ -111,8 +111,8 @@ def _recorded(name: str, row: Mapping[str, Any]) -> Recorded:
     turns: list[tuple[str, str | None]] = []
     for message in rest:
         if message["role"] == "assistant":
-            said = re.sub(r"\A\s*Assistant:\n?", "", message["content"])  # see `MintEnvironment.as_turn`
-            turns.append((said.removesuffix("\n"), None))
+            action = re.sub(r"\A\s*Assistant:\n?", "", message["content"])  # see `as_turn`
+            turns.append((action.removesuffix("\n"), None))
         elif turns and turns[-1][1] is None:
             turns[-1] = (turns[-1][0], message["content"])
         else:  # an empty action is not recorded
@@ -125,7 +125,7 @@ def _recorded(name: str, row: Mapping[str, Any]) -> Recorded:
 
 
 def load_tasks(data: pathlib.Path, name: str, openings: Mapping[str, str]) -> list[Task]:
-    """The tasks of a set other than ALFWorld; `openings` by id are of a recorded run (it holds the examples)."""
+    """The tasks of a set other than ALFWorld; `openings` by id come from a recorded run, which holds the examples."""
     path = data / "processed" / name / "test_prompts.json"
     if not path.exists():
         raise UserError(f"{path} is missing: {WHERE}")
@@ -151,32 +151,32 @@ def _checker(name: str, row: Mapping[str, Any]) -> Callable[[str], bool]:
 
 
 def recorded_searches(runs: Iterable[Recorded]) -> dict[str, str]:
-    """What `wikipedia_search` answered first, from the cells that print its answers and nothing else."""
-    found: dict[str, str] = {}
+    """The first answer of `wikipedia_search` to each query, from cells that print nothing but its answers."""
+    answers: dict[str, str] = {}
     complete: set[str] = set()
     for run in runs:
-        for action, seen in run.turns:
+        for action, observation in run.turns:
             cell = "\n".join(tagged(action, "execute"))
             queries = _queries(cell)
-            if seen is None or cell.count("wikipedia_search(") != len(queries):
+            if observation is None or cell.count("wikipedia_search(") != len(queries):
                 continue
-            text = seen.removeprefix("Observation:\n").rpartition("\nYou have ")[0]
-            if shown := re.fullmatch(r"Out\[\d+\]: (['\"].*['\"])", text):
-                text = ast.literal_eval(shown[1])
+            text = observation.removeprefix("Observation:\n").rpartition("\nYou have ")[0]
+            if match := re.fullmatch(r"Out\[\d+\]: (['\"].*['\"])", text):
+                text = ast.literal_eval(match[1])
             for query in queries:
                 if not text.startswith(("Page: ", NOT_FOUND)):
                     break
-                # An answer has at most 1000 characters; where it is shorter, its end cannot be seen.
-                whole = len(text) > SEARCH_CHARACTERS and text[SEARCH_CHARACTERS] == "\n"
-                if not whole and query != queries[-1]:
+                # An answer has at most 1000 characters; the end of a shorter one cannot be recognized.
+                full = len(text) > SEARCH_CHARACTERS and text[SEARCH_CHARACTERS] == "\n"
+                if not full and query != queries[-1]:
                     break
-                answer = text[:SEARCH_CHARACTERS] if whole else text
-                if query not in complete and (whole or query not in found):
-                    found[query] = answer
-                if whole:
+                answer = text[:SEARCH_CHARACTERS] if full else text
+                if query not in complete and (full or query not in answers):
+                    answers[query] = answer
+                if full:
                     complete.add(query)
                 text = text[len(answer) + 1 :]
-    return found
+    return answers
 
 
 def _queries(cell: str) -> list[str]:
@@ -198,7 +198,7 @@ class MintEnvironment(Environment):
       python: the interpreter that runs the cells.
 
     Attributes:
-      expert: comments every turn but the last (Table 6); a text for a conversation, as an agent.
+      expert: comments on every turn but the last (Table 6); conversation -> text, like an agent.
     """
 
     max_turns = MAX_STEPS
@@ -215,8 +215,8 @@ class MintEnvironment(Environment):
 
     def reset(self) -> str:
         self._steps = self._proposals = 0
-        MintEnvironment.close(self)  # the shell alone: ALFWorld has started its game
-        self._shell = Shell(self._functions, self._python)  # here: a copy has its own
+        MintEnvironment.close(self)  # only the shell: ALFWorld has started its game
+        self._shell = Shell(self._functions, self._python)  # made here, so that a copy has its own
         # Without the instructions, which are the assistant's.
         self._said = self._task.opening.partition("---\n")[2] or self._task.opening
         return self._task.opening
@@ -228,14 +228,14 @@ class MintEnvironment(Environment):
     def step(self, action: str) -> Step:
         self._steps += 1
         observation, verdict = self.act(action)
-        left, proposals = MAX_STEPS - self._steps, MAX_PROPOSALS - self._proposals
+        steps_left, proposals = MAX_STEPS - self._steps, MAX_PROPOSALS - self._proposals
         text = f"Observation:\n{observation}\n"
-        text += f"You have {left} steps left and {proposals} chances to propose solution left.\n"
-        if left <= 1:
+        text += f"You have {steps_left} steps left and {proposals} chances to propose solution left.\n"
+        if steps_left <= 1:
             text += "You should take the last step to propose a solution.\n"
         if verdict == "passed":
             return Step(observation=text, verdict=verdict, reward=1.0)
-        ended = not (left and proposals)
+        ended = not (steps_left and proposals)
         if self.expert is not None and not ended:
             self._said += f"\n{self.as_turn(action)}\n{text}{FEEDBACK}"
             comment = self.expert([{"role": "user", "content": _EXPERT + self._said}]) + "\n"

@@ -1,4 +1,4 @@
-"""MINT's verdicts on answers (Wang et al. 2023, "MINT", its public code), quirks included: scores must compare."""
+"""MINT's verdicts on answers (Wang et al. 2023, "MINT", its public code), quirks included, to be comparable."""
 
 import ast
 import operator
@@ -24,7 +24,7 @@ def reasoning(reference: Any, answer: str) -> bool:
 
 
 def choice(reference: str, answer: str, prompt: str) -> bool:
-    """MMLU: the letter is part of the answer, or the text of the right option is and no wrong one."""
+    """MMLU: the letter is part of the answer, or the text of the right option is and that of no wrong one."""
     answer, reference = answer.lower().strip(), reference.strip().lower()
     if "a)" in answer or "a )" in answer:
         answer = "a"
@@ -48,33 +48,33 @@ def choice(reference: str, answer: str, prompt: str) -> bool:
 
 
 def theorem(reference: Any, answer: str, kind: str) -> bool:
-    """TheoremQA, as its own evaluation reads an answer; of options the letter alone (as in the recorded runs)."""
+    """TheoremQA, with answers read as in its own evaluation; for options only the letter (as in the recorded runs)."""
     text = _normalize(answer)
     if kind in ("option", "Option"):
         return text in (reference, f"({reference})")
-    found = evaluate(text)
+    value = evaluate(text)
     if kind == "bool":
-        return found is not None and found == reference
+        return value is not None and value == reference
     if kind in ("integer", "float"):
-        return _equal(found, reference)
-    numbers = isinstance(found, list) and all(isinstance(item, int | float) for item in found)
-    return numbers and len(found) == len(reference) and all(map(_equal, sorted(found), sorted(reference)))
+        return _equal(value, reference)
+    numbers = isinstance(value, list) and all(isinstance(item, int | float) for item in value)
+    return numbers and len(value) == len(reference) and all(map(_equal, sorted(value), sorted(reference)))
 
 
-def _equal(found: Any, expected: float) -> bool:
+def _equal(value: Any, expected: float) -> bool:
     # A whole number may be too large for a float, which `math.isfinite` would want.
-    if type(found) not in (int, float) or not abs(found) <= sys.float_info.max:
+    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:
         return False
     if isinstance(expected, float):
-        return abs(found - expected) <= 0.04 * abs(expected)
-    return round(found) == expected
+        return abs(value - expected) <= 0.04 * abs(expected)
+    return round(value) == expected
 
 
 def _normalize(text: str) -> str:
     """The number, list or truth value in an answer, as a Python expression."""
-    for mark in "=≈":
-        if mark in text:
-            text = text.split(mark)[-1].strip()
+    for sign in "=≈":
+        if sign in text:
+            text = text.split(sign)[-1].strip()
     text = re.sub("[`$°]", "", text)
     if text in ("true", "yes", "false", "no"):
         text = str(text in ("true", "yes"))
@@ -83,11 +83,11 @@ def _normalize(text: str) -> str:
     if "approximately" in text:
         text = text.replace("approximately", "").strip()
     text = text.split(" or ")[0]
-    for before, after in (("", " [^0-9 ]+"), ("[^0-9 ]+ ", ""), ("", r"[^\d]{1,2}")):
-        if found := re.match(f"{before}({_NUMBER}){after}$", text):
-            text = found[1]
-    if found := re.match(r"[^-+\d]{1,2}((?:[\d,]*\.*\d+))$", text):
-        text = found[1]
+    for prefix, suffix in (("", " [^0-9 ]+"), ("[^0-9 ]+ ", ""), ("", r"[^\d]{1,2}")):
+        if match := re.match(f"{prefix}({_NUMBER}){suffix}$", text):
+            text = match[1]
+    if match := re.match(r"[^-+\d]{1,2}((?:[\d,]*\.*\d+))$", text):
+        text = match[1]
     text = text.replace(" x ", "*").replace(" × ", "*")
     if re.match(r"^[-+]?(\d{1,3}(,\d{3})*|(\d+))(\.\d+)?$", text):
         text = text.replace(",", "")
@@ -110,10 +110,10 @@ def evaluate(text: str) -> Any:
 
     def number(node: ast.AST) -> Any:
         # Arithmetic takes numbers alone: "'a' * 9999999999" would fill the memory of the evaluation.
-        found = value(node)
-        if not isinstance(found, int | float | complex):
-            raise TypeError(found)
-        return found
+        result = value(node)
+        if not isinstance(result, int | float | complex):
+            raise TypeError(result)
+        return result
 
     def value(node: ast.AST) -> Any:
         match node:
@@ -131,10 +131,10 @@ def evaluate(text: str) -> Any:
         raise ValueError(ast.dump(node))
 
     try:
-        found = value(ast.parse(text.lstrip(" \t"), mode="eval").body)
+        result = value(ast.parse(text.lstrip(" \t"), mode="eval").body)
     except (ValueError, TypeError, KeyError, SyntaxError, ArithmeticError, RecursionError, MemoryError):
         return None
-    return found.real if isinstance(found, complex) else found
+    return result.real if isinstance(result, complex) else result
 
 
 def code(reference: str, answer: str) -> bool:

@@ -21,7 +21,7 @@ def open_mint(
     """The environments of the sets.
 
     Args:
-      extra: a run whose prompts and searches come first (Wikipedia changes).
+      extra: a run whose prompts and searches take precedence (Wikipedia changes).
       expert: writes feedback; the examples then show some.
       python: the interpreter that runs the cells.
 
@@ -29,26 +29,26 @@ def open_mint(
       UserError: data are missing or of another version, or the interpreter lacks IPython.
     """
     root = find_data(data, "processed/gsm8k/test_prompts.json", mint.WHERE)
-    interpreter(python)  # a wrong one is named before the first episode
-    runs = [run for of_set in (extra or {}).values() for run in of_set]
+    interpreter(python)  # a wrong one fails before the first episode
+    runs = [run for episodes in (extra or {}).values() for run in episodes]
     outputs = root / "outputs"
-    # A run with feedback has it in its example.
+    # The example of a run with feedback shows it.
     paths = sorted(outputs.glob("*/F=*" if expert else "*/F=None"), key=lambda path: path.name == "F=None")
     for path in paths:
-        runs += [run for of_set in mint.recorded_run(path, only).values() for run in of_set]
+        runs += [run for episodes in mint.recorded_run(path, only).values() for run in episodes]
     if not runs:
         raise UserError(f"--data {data} has no outputs/MODEL/F=None of MINT (the prompts): {mint.WHERE}")
     openings = {run.id: run.opening for run in reversed(runs)}
     searches = mint.recorded_searches(runs)
     functions = {"wikipedia_search(query)": lambda query: searches.get(query, mint.NOT_FOUND)}
-    found: list[mint.MintEnvironment] = []
+    environments: list[mint.MintEnvironment] = []
     for name in only or mint.SETS:
         if name == "alfworld":
-            found += alfworld_environments(root, openings, python)
+            environments += alfworld_environments(root, openings, python)
         else:
             tools = {} if name in mint.CODE else functions
             tasks = mint.load_tasks(root, name, openings)
-            found += [mint.MintEnvironment(task, tools, python) for task in tasks]
-    for environment in found:
+            environments += [mint.MintEnvironment(task, tools, python) for task in tasks]
+    for environment in environments:
         environment.expert = expert
-    return found
+    return environments

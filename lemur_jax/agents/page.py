@@ -9,7 +9,7 @@ from lemur_jax.evals.published import agents_table
 from lemur_jax.report.charts import stacked_bars
 from lemur_jax.report.html import escape, html_page, html_table
 
-SHOWN = 10  # traces of each list that are not behind a line
+SHOWN = 10  # traces of each list that are not folded
 
 
 def agents_page(traces: Sequence[Trace], turns: int, name: str) -> str:
@@ -26,8 +26,8 @@ def agents_page(traces: Sequence[Trace], turns: int, name: str) -> str:
     failed = [trace for trace in traces if not trace.solved_at]
     head = ["environment", "episodes", *(f"turn {turn}" for turn in range(1, turns + 1))]
     rows = [
-        [escape(kind), str(len(of)), *(f"{rate:.1f}" for rate in success_by_turn(of, turns))]
-        for kind, of in kinds.items()
+        [escape(kind), str(len(group)), *(f"{rate:.1f}" for rate in success_by_turn(group, turns))]
+        for kind, group in kinds.items()
     ]
     body = f"""<h1>{escape(name)}: {len(solved)} of {len(traces)} episodes solved</h1>
 <h2>Solved within this many turns, %</h2>
@@ -47,23 +47,23 @@ def agents_page(traces: Sequence[Trace], turns: int, name: str) -> str:
 def _bars(kinds: Mapping[str, Sequence[Trace]], turns: int) -> str:
     parts = [(f"solved in turn {turn}", f"c{1 + (turn - 1) % 8}") for turn in range(1, turns + 1)]
     counts = {
-        kind: [sum((trace.solved_at or turns + 1) == turn for trace in of) for turn in range(1, turns + 2)]
-        for kind, of in kinds.items()
+        kind: [sum((trace.solved_at or turns + 1) == turn for trace in group) for turn in range(1, turns + 2)]
+        for kind, group in kinds.items()
     }
-    texts = {kind: list(map(str, of)) for kind, of in counts.items()}
+    texts = {kind: list(map(str, group)) for kind, group in counts.items()}
     return stacked_bars([*parts, ("not solved", "none")], counts, texts)
 
 
 def _failures(kinds: Mapping[str, Sequence[Trace]]) -> str:
-    counts = {kind: collections.Counter(map(failure, of)) for kind, of in kinds.items()}
-    names = sorted({name for of in counts.values() for name in of if name})
-    rows = [[escape(kind), *(str(of[name] or "–") for name in names)] for kind, of in counts.items()]
+    counts = {kind: collections.Counter(map(failure, group)) for kind, group in kinds.items()}
+    names = sorted({name for group in counts.values() for name in group if name})
+    rows = [[escape(kind), *(str(group[name] or "–") for name in names)] for kind, group in counts.items()]
     none = '<p class="soft">None failed.</p>'
     return html_table(["environment", *map(escape, names)], rows) if names else none
 
 
 def _traces(traces: Sequence[Trace]) -> str:
-    """Cards; the later ones behind a line that opens them."""
+    """Cards; those after the first `SHOWN` are folded."""
     first, rest = "".join(map(_trace, traces[:SHOWN])), "".join(map(_trace, traces[SHOWN:]))
     return f"{first}<details><summary>{len(traces) - SHOWN} more</summary>{rest}</details>" if rest else first
 

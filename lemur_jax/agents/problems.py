@@ -150,42 +150,42 @@ class Verdict:
 
 
 def judge(problems: Sequence[Problem], answers: Sequence[str]) -> list[Verdict]:
-    """Verdicts on answers, as many at once as there are processors."""
+    """Verdicts on answers, in parallel on all processors."""
 
-    def one(problem: Problem, answer: str) -> Verdict:
+    def judge_one(problem: Problem, answer: str) -> Verdict:
         verdict, errors = check(problem.head + answer, problem.check)
         return Verdict(id=problem.id, answer=answer, verdict=verdict, errors=errors[-2000:])
 
     with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
-        return list(pool.map(one, problems, answers))
+        return list(pool.map(judge_one, problems, answers))
 
 
 def check(program: str, tests: str, limits: Limits = LIMITS) -> tuple[str, str]:
     """Runs tests over the names that a program defines: (verdict as in `Verdict`, errors).
 
-    The program runs in one box, the tests in another; docs/sandbox.md says what a verdict rests on.
+    The program runs in one sandbox, the tests in another; docs/sandbox.md says what a verdict depends on.
     """
-    requests, questions = os.pipe()
-    replies, results = os.pipe()
+    answer_input, tests_output = os.pipe()
+    tests_input, answer_output = os.pipe()
     script = pathlib.Path(answer_process.__file__).read_text()
 
-    def box(role: str, text: str, reading: int, writing: int) -> Result:
+    def run_role(role: str, text: str, reading: int, writing: int) -> Result:
         command = ["python", "-I", "-S", "main.py", role, str(reading), str(writing)]
         files = {"main.py": script, f"{role}.py": text}
         return run(command, files=files, limits=limits, channels=[reading, writing])
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        answering = pool.submit(box, "answer", program, requests, results)
-        tested = box("tests", tests, replies, questions)
-        return _verdict(tested, answering.result())
+        answer_future = pool.submit(run_role, "answer", program, answer_input, answer_output)
+        tests_result = run_role("tests", tests, tests_input, tests_output)
+        return _verdict(tests_result, answer_future.result())
 
 
 def _verdict(tests: Result, answer: Result) -> tuple[str, str]:
     if tests.code == 0:
         return "passed", answer.errors
     if tests.code == 1:  # an error of the answer, or a test that failed
-        last = tests.errors.strip().rpartition("\n")[2]
-        return _KINDS.get(last.partition(":")[0], "other error"), tests.errors
+        last_line = tests.errors.strip().rpartition("\n")[2]
+        return _KINDS.get(last_line.partition(":")[0], "other error"), tests.errors
     if answer.timed_out or answer.code in _OUT_OF_TIME or tests.timed_out:
         return "time", answer.errors
     ended = tests.code == answer_process.ENDED and answer.code is not None and answer.code < 128

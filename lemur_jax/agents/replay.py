@@ -1,4 +1,4 @@
-"""Recorded turns instead of a model: whether the environments give the same observations and verdicts."""
+"""Replays recorded turns, to test whether the environments give the same observations and verdicts."""
 
 import collections
 import concurrent.futures
@@ -43,14 +43,14 @@ class Replayed:
 
 
 def replay(environments: Iterable[Environment], recorded: Iterable[Recorded]) -> list[Replayed]:
-    """Replays every recorded episode for which there is an environment, as many at once as there are processors.
+    """Replays every recorded episode for which there is an environment, in parallel on all processors.
 
     Tasks that cannot run here are named in a warning and left out.
     """
     by_id = {environment.id.removeprefix("mint-"): environment for environment in environments}
     pairs = [(by_id[episode.id], episode) for episode in recorded if episode.id in by_id]
     with concurrent.futures.ThreadPoolExecutor(available_cores()) as pool:
-        return [found for found in pool.map(lambda pair: _replay(*pair), pairs) if found]
+        return [result for result in pool.map(lambda pair: _replay(*pair), pairs) if result]
 
 
 def replay_run(
@@ -76,39 +76,39 @@ def replay_run(
     if names in (["intercode-sql"], ["intercode-bash"]):
         kind = names[0].removeprefix("intercode-")
         recorded = {names[0]: intercode.recorded_run(pathlib.Path(path), kind)}
-        opened: Sequence[Environment] = open_environments(names, data=data, stack=stack)
+        environments: Sequence[Environment] = open_environments(names, data=data, stack=stack)
     elif all(name == "mint" or name.removeprefix("mint-") in mint.SETS for name in names):
-        only = [] if "mint" in names else [name.removeprefix("mint-") for name in names]
-        runs = mint.recorded_run(pathlib.Path(path), only)
-        opened = open_mint(data, list(runs), runs, python=python)
+        sets = [] if "mint" in names else [name.removeprefix("mint-") for name in names]
+        runs = mint.recorded_run(pathlib.Path(path), sets)
+        environments = open_mint(data, list(runs), runs, python=python)
         recorded = {f"mint-{name}": run for name, run in runs.items()}
     else:
         raise UserError(
             "--replay needs --agents mint, sets mint-SET, intercode-sql alone, or intercode-bash alone, not "
             + ",".join(names)
         )
-    return {name: replay(opened, run[:limit]) for name, run in recorded.items()}
+    return {name: replay(environments, run[:limit]) for name, run in recorded.items()}
 
 
 def _replay(environment: Environment, episode: Recorded) -> Replayed | None:
     try:
         task, turns, different, compared = environment.reset(), [], [], 0
-        for action, seen in episode.turns:
+        for action, observation in episode.turns:
             step = environment.step(action)
-            if seen is not None:
+            if observation is not None:
                 compared += 1
-                theirs, mark, feedback = seen.partition(mint.FEEDBACK)
-                ours, theirs = step.observation.rstrip("\n"), theirs.rstrip("\n")
-                if _without_paths(ours) != _without_paths(theirs):
-                    different.append((_cause(theirs, ours), theirs, ours))
-                step = dataclasses.replace(step, observation=step.observation + mark + feedback)
+                recorded, marker, feedback = observation.partition(mint.FEEDBACK)
+                replayed, recorded = step.observation.rstrip("\n"), recorded.rstrip("\n")
+                if _without_paths(replayed) != _without_paths(recorded):
+                    different.append((_cause(recorded, replayed), recorded, replayed))
+                step = dataclasses.replace(step, observation=step.observation + marker + feedback)
             turns.append(Turn(action=action, step=step))
             if step.done or step.reward >= 1:
                 break
         trace = Trace(id=environment.id, task=task, turns=tuple(turns))
         return Replayed(trace=trace, success=episode.success, compared=compared, different=different)
-    except NotScored as why:
-        logger.warning("not scored: %s", why)
+    except NotScored as error:
+        logger.warning("not scored: %s", error)
         return None
     finally:
         environment.close()
@@ -131,24 +131,24 @@ _CAUSES = {
 }
 
 
-def _cause(theirs: str, ours: str) -> str:
-    for mark, cause in _CAUSES.items():
-        if re.search(mark, f"{theirs}\0{ours}", re.DOTALL):
+def _cause(recorded: str, replayed: str) -> str:
+    for pattern, cause in _CAUSES.items():
+        if re.search(pattern, f"{recorded}\0{replayed}", re.DOTALL):
             return cause
-    same = re.sub(r"[\d.e+-]+", "0", theirs) == re.sub(r"[\d.e+-]+", "0", ours)
+    same = re.sub(r"[\d.e+-]+", "0", recorded) == re.sub(r"[\d.e+-]+", "0", replayed)
     return "numbers: random or last digits" if same else "other text: library versions, order of sets"
 
 
 def format_replay(name: str, episodes: Sequence[Replayed]) -> str:
     """One line of counts, then what differs."""
-    same, total = sum(one.same_verdict for one in episodes), len(episodes)
-    compared = sum(one.compared for one in episodes)
-    causes = collections.Counter(cause for one in episodes for cause, _, _ in one.different)
+    same, total = sum(episode.same_verdict for episode in episodes), len(episodes)
+    compared = sum(episode.compared for episode in episodes)
+    causes = collections.Counter(cause for episode in episodes for cause, _, _ in episode.different)
     equal = compared - sum(causes.values())
     lines = [
         f"{name}: verdicts equal {same}/{total} ({100 * same / max(1, total):.2f}%),"
         f" observations equal {equal}/{compared} ({100 * equal / max(1, compared):.2f}%)"
     ]
     lines += [f"  {count} differ, most likely: {cause}" for cause, count in causes.most_common()]
-    lines += [f"  verdict differs: {one.trace.id}" for one in episodes if not one.same_verdict]
+    lines += [f"  verdict differs: {episode.trace.id}" for episode in episodes if not episode.same_verdict]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Many episodes at once: the agent answers in batches, environments step in threads, finished episodes are kept."""
+"""Many episodes at once: the agent answers in batches, environments step in threads, finished episodes are saved."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ class Running:
 
 
 class Journal:
-    """Finished episodes in a file of JSON lines, so that a killed evaluation goes on.
+    """Finished episodes in a file of JSON lines, so that a killed evaluation can continue.
 
     Args:
       path: None keeps nothing.
@@ -66,23 +66,23 @@ class Journal:
         if path is None:
             return
         content = path.read_bytes() if path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
+        complete = content[: content.rfind(b"\n") + 1]
         try:
-            header, *episodes = map(json.loads, whole.splitlines() or [b"null"])
+            header, *episodes = map(json.loads, complete.splitlines() or [b"null"])
             self.traces = {trace.id: trace for trace in map(from_json, episodes)}
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is not a journal ({error!r}): name another --json") from error
-        if whole and header != run:
+        if complete and header != run:
             raise UserError(f"{path} holds episodes of {header}, not {run}: remove it or name another --json")
-        if whole != content:  # the kill cut a line
-            os.truncate(path, len(whole))
-        if whole:
+        if complete != content:  # the last line was cut off
+            os.truncate(path, len(complete))
+        if complete:
             self._head = ""
         if self.traces:
             logger.info("%d episodes are done already (%s)", len(self.traces), path)
 
     def add(self, trace: Trace) -> None:
-        """Keeps a finished episode; returns when it is in the file."""
+        """Saves a finished episode; returns when it is in the file."""
         self.traces[trace.id] = trace
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
@@ -98,7 +98,7 @@ def run_episodes(
     batch: int = 32,
     journal: Journal | None = None,
 ) -> list[Trace]:
-    """Runs episodes that the journal does not have; an error is raised after the turns of the others.
+    """Runs the episodes that the journal does not have; an error is raised after the turns of the other episodes.
 
     Tasks that cannot run here are named in a warning; they have no trace.
     """
@@ -109,10 +109,10 @@ def run_episodes(
     running: list[Running] = []
     logger.info("episodes: %d of %d, up to %d at once", len(traces), len(ids), batch)
     turns = skipped = 0
-    gate = threading.Semaphore(max(4, available_cores()))  # with more boxes at once programs run out of time
+    semaphore = threading.Semaphore(max(4, available_cores()))  # more sandboxes at once would time out
 
     def gated(function: Callable[..., Any], *arguments: Any) -> Any:
-        with gate:
+        with semaphore:
             return function(*arguments)
 
     try:
@@ -121,25 +121,25 @@ def run_episodes(
                 fresh = [waiting.pop(0) for _ in range(min(len(waiting), batch - len(running)))]
                 started = call_all([functools.partial(gated, Running, one, max_turns) for one in fresh])
                 running += [one for one in started if isinstance(one, Running)]
-                for why in (one for one in started if isinstance(one, NotScored)):
-                    logger.warning("not scored: %s", why)
+                for error in (one for one in started if isinstance(one, NotScored)):
+                    logger.warning("not scored: %s", error)
                     skipped += 1
                 _raise_first([one for one in started if not isinstance(one, NotScored)])
             if not running:
                 break
-            asked = [(one.messages, one.environment.stops) for one in running]
+            prompts = [(one.messages, one.environment.stops) for one in running]
             if isinstance(agent, SessionAgent):
-                answers: list[Any] = agent.batch(asked)
-            else:  # an endpoint is asked for all together
-                answers = call_all([functools.partial(agent, *one) for one in asked])
+                answers: list[Any] = agent.batch(prompts)
+            else:  # requests to an endpoint run concurrently
+                answers = call_all([functools.partial(agent, *one) for one in prompts])
             answered = [pair for pair in zip(running, answers, strict=True) if isinstance(pair[1], str)]
-            ended = call_all([functools.partial(gated, one.act, answer) for one, answer in answered])
-            for (episode, _), trace in zip(answered, ended, strict=True):
+            outcomes = call_all([functools.partial(gated, one.act, answer) for one, answer in answered])
+            for (episode, _), trace in zip(answered, outcomes, strict=True):
                 if isinstance(trace, Trace):
                     running.remove(episode)
                     journal.add(trace)
                     traces[trace.id] = trace
-            _raise_first([*answers, *ended])
+            _raise_first([*answers, *outcomes])
             turns += len(answered)
             solved = sum(trace.solved_at is not None for trace in traces.values())
             done = f"{len(traces)} of {len(ids) - skipped}"
@@ -161,7 +161,7 @@ def _raise_first(results: Sequence[Any]) -> None:
 def call_all(
     functions: Sequence[Callable[[], Any]], seconds: float = threading.TIMEOUT_MAX, at_once: int = 1 << 20
 ) -> list[Any]:
-    """What each returns, or its exception; a call that hangs is left behind in its thread, also after Ctrl-C."""
+    """The results or exceptions of the calls; one that hangs stays in its daemon thread, also after Ctrl-C."""
     results: list[Any] = [TimeoutError(f"no answer after {seconds:g} s") for _ in functions]
 
     def run(index: int) -> None:
@@ -175,7 +175,7 @@ def call_all(
         threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in indices]
         for thread in threads:
             thread.start()
-        end = time.monotonic() + seconds
+        deadline = time.monotonic() + seconds
         for thread in threads:
-            thread.join(max(0.0, end - time.monotonic()))
+            thread.join(max(0.0, deadline - time.monotonic()))
     return list(results)

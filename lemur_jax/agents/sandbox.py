@@ -1,6 +1,6 @@
-"""Runs untrusted programs in a box of their own, with limits, and kills all that they started.
+"""Runs untrusted programs in a sandbox, with limits, and kills all processes that they started.
 
-docs/sandbox.md says what holds where. It does not stop an attacker with a kernel exploit.
+docs/sandbox.md says what is isolated on which platform. It does not stop an attacker with a kernel exploit.
 """
 
 import contextlib
@@ -30,9 +30,9 @@ class Limits:
       cpu_seconds: of each process, rounded down to whole seconds, at least 1.
       memory_bytes: address space of each process.
       file_bytes: of each file written, stdout and stderr among them.
-      disk_bytes: of the box in all, where it is temporary and namespaces are available.
-      processes: at once, threads counted.
-      output_bytes: of stdout, and of stderr, that are returned; the middle of more is cut out.
+      disk_bytes: of the whole directory, if it is temporary and namespaces are available.
+      processes: at a time, threads included.
+      output_bytes: returned of stdout and of stderr; the middle of a longer output is cut out.
       visible: directories that it may read, in addition to the system and the interpreter.
     """
 
@@ -83,25 +83,25 @@ def run(
     require_isolation: bool = False,
     channels: Sequence[int] = (),
 ) -> Result:
-    """Runs a command in a box and waits for it; stdin is empty.
+    """Runs a command in the sandbox and waits for it; stdin is empty.
 
     Args:
       command: program and arguments; "python" is the interpreter that runs this, without its packages.
-      files: relative path to text; put into the box before the start.
-      directory: the box, kept afterwards (remove it with `remove_tree`); None: a temporary one.
-      namespaces: False: do without, even where they are available.
-      require_isolation: refuse to run in a "limited" box.
-      channels: file descriptors that the command has under the same numbers; they are closed here, also where it fails.
+      files: relative path -> text; written to the directory before the start.
+      directory: where it runs, kept afterwards (remove it with `remove_tree`); None: a temporary one.
+      namespaces: False: do not use them, even if they are available.
+      require_isolation: refuse to run with isolation "limited".
+      channels: file descriptors that the command inherits under the same numbers; closed here, also on failure.
 
     Raises:
-      UserError: no such program, or no isolation where it is required.
+      UserError: no such program, or no isolation although it is required.
     """
     command = [_interpreter() if command[0] == "python" else command[0], *command[1:]]
-    ours = contextlib.ExitStack()
+    open_channels = contextlib.ExitStack()
     for channel in channels:
-        ours.callback(os.close, channel)
+        open_channels.callback(os.close, channel)
     with (
-        ours,
+        open_channels,
         tempfile.TemporaryFile() as output,
         tempfile.TemporaryFile() as errors,
         tempfile.TemporaryFile() as report,
@@ -125,7 +125,7 @@ def run(
                 "report": report.fileno(),
                 "channels": list(channels),
             }
-            _launch(request, output, errors, ours)
+            _launch(request, output, errors, open_channels)
             return _result(command[0], limits, report, output, errors)
         finally:
             remove_tree(root)
@@ -134,22 +134,22 @@ def run(
 def _result(program: str, limits: Limits, report, output, errors) -> Result:
     """What the launcher reported, with the output; UserError if the command was not started."""
     report.seek(0)
-    found: dict = {"isolation": "limited"}
+    facts: dict = {"isolation": "limited"}
     for line in report.read().splitlines():
-        found |= json.loads(line)
-    if found.get("refused"):
+        facts |= json.loads(line)
+    if facts.get("refused"):
         raise UserError(
-            f"sandbox: no namespaces here ({found['reason']}) and no Landlock of Linux 6.12: allow unprivileged user"
+            f"sandbox: no namespaces here ({facts['reason']}) and no Landlock of Linux 6.12: allow unprivileged user"
             " namespaces, or run without require_isolation"
         )
-    if "failed" in found:
-        raise UserError(f"sandbox: cannot run {program}: {found['failed']}")
+    if "failed" in facts:
+        raise UserError(f"sandbox: cannot run {program}: {facts['failed']}")
     return Result(
-        code=found.get("code"),
+        code=facts.get("code"),
         output=_read(output, limits.output_bytes),
         errors=_read(errors, limits.output_bytes),
-        seconds=found.get("seconds", limits.wall_seconds),
-        isolation=found["isolation"],
+        seconds=facts.get("seconds", limits.wall_seconds),
+        isolation=facts["isolation"],
     )
 
 
@@ -159,11 +159,11 @@ def run_python(program: str, *, limits: Limits = Limits(), **options) -> Result:
 
 
 def _interpreter() -> str:
-    """The interpreter itself and not a virtual environment's link to it, which the box does not see."""
+    """The interpreter itself and not a virtual environment's link to it, which the sandbox hides."""
     return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
-def _launch(request, output, errors, ours: contextlib.ExitStack) -> None:
+def _launch(request, output, errors, open_channels: contextlib.ExitStack) -> None:
     process = subprocess.Popen(
         [_interpreter(), "-I", "-S", str(_LAUNCHER)],
         stdin=subprocess.PIPE,
@@ -174,7 +174,7 @@ def _launch(request, output, errors, ours: contextlib.ExitStack) -> None:
         env={"PATH": os.defpath},
         text=True,
     )
-    ours.close()  # the channels: who reads the other end waits for the command alone
+    open_channels.close()  # so that the channels' other ends are closed when the command exits
     try:
         process.communicate(json.dumps(request), timeout=request["limits"]["wall_seconds"] + _GRACE_SECONDS)
     except subprocess.TimeoutExpired:
@@ -184,12 +184,12 @@ def _launch(request, output, errors, ours: contextlib.ExitStack) -> None:
         process.wait()
 
 
-def _read(file, most: int) -> str:
+def _read(file, limit: int) -> str:
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    if size <= most:
+    if size <= limit:
         return file.read().decode(errors="replace")
-    head = file.read(most // 2).decode(errors="replace")
-    file.seek(size - most // 2)
+    head = file.read(limit // 2).decode(errors="replace")
+    file.seek(size - limit // 2)
     tail = file.read().decode(errors="replace")
-    return f"{head}\n[... {size - most} bytes left out ...]\n{tail}"
+    return f"{head}\n[... {size - limit} bytes left out ...]\n{tail}"

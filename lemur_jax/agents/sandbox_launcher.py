@@ -1,14 +1,14 @@
-"""Runs one command in a box. `sandbox.run` starts this file as a script; it needs the standard library alone.
+"""Runs one command in the sandbox. `sandbox.run` starts this file as a script; it needs the standard library alone.
 
 Reads a request (JSON) from stdin and writes its report (JSON lines) to the file descriptor that the request names.
 The processes, outermost first:
 
   launcher   measures the time, adopts orphans, kills what is left; no longer reachable from inside
-  └ porter   drops root, enters new namespaces
+  └ child    drops root, enters new namespaces
     └ init   process 1 in them: builds the file system; when it ends, the kernel kills the rest
       └ the command, under resource limits and a seccomp filter
 
-Where the platform forbids namespaces, as most containers do, the porter becomes the command itself. Landlock then
+Where the platform forbids namespaces, as most containers do, the child becomes the command itself. Landlock then
 restricts files and signals, and a longer seccomp filter refuses sockets and all calls that act on other processes,
 on shared kernel objects or on the attributes of files. Neither needs any rights.
 """
@@ -45,7 +45,7 @@ LANDLOCK_RIGHTS = {5: 16, 3: 15, 2: 14, 1: 13}
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR, TRUNCATE, IOCTL_DEV = 1, 2, 4, 8, 1 << 14, 1 << 15
 LANDLOCK_SCOPES = 6  # the version that restricts signals too (Linux 6.12)
 
-# What the box sees of the machine, read-only; the interpreter's prefix is added.
+# Paths of the machine that the sandbox sees, read-only; the interpreter's prefix is added.
 SYSTEM = ("/bin", "/lib", "/lib32", "/lib64", "/sbin", "/usr", "/etc/alternatives", "/etc/ld.so.cache")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 BOX = "/box"
@@ -81,7 +81,7 @@ REFUSED_IF_WITHOUT_NAMESPACES = {
     "sched_setscheduler": ((144, 119), 0, ANY_OTHER_PROCESS), "sched_setattr": ((314, 274), 0, ANY_OTHER_PROCESS),
     "socketpair": ((53, 199), 1, NOT_A_STREAM),  # a datagram socket can be connected to a path afterwards
 }  # fmt: skip
-CLONE3 = 435  # its flags are out of the filter's sight; C libraries fall back to clone
+CLONE3 = 435  # the filter cannot see its flags; C libraries fall back to clone
 
 
 def call(name, *arguments):
@@ -110,16 +110,16 @@ def set_limits(limits):
         resource.RLIMIT_NOFILE: 256,
         resource.RLIMIT_CORE: 0,
     }
-    for which, value in values.items():
+    for kind, value in values.items():
         soft, hard = value if isinstance(value, tuple) else (value, value)
-        ceiling = resource.getrlimit(which)[1]
+        ceiling = resource.getrlimit(kind)[1]
         if ceiling != resource.RLIM_INFINITY:
             soft, hard = min(soft, ceiling), min(hard, ceiling)
-        resource.setrlimit(which, (soft, hard))
+        resource.setrlimit(kind, (soft, hard))
 
 
 def start(request, directory, isolation, reason, namespaces):
-    """Becomes the command in its box, unless the isolation is less than what is required."""
+    """Replaces this process by the command, unless the isolation is less than required."""
     refused = request["require_isolation"] and isolation == "limited"
     report(request, isolation=isolation, reason=reason, refused=refused)
     if refused:
@@ -131,8 +131,8 @@ def start(request, directory, isolation, reason, namespaces):
         with open(path, "w", encoding="utf-8", errors="surrogatepass") as file:
             file.write(text)
     set_limits(request["limits"])
-    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and that is inherited
-        signal.signal(number, signal.SIG_DFL)
+    for signum in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and that is inherited
+        signal.signal(signum, signal.SIG_DFL)
     prctl(PR_SET_NO_NEW_PRIVS, 1)
     install_filter(namespaces)
     environment = {"PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
@@ -140,7 +140,7 @@ def start(request, directory, isolation, reason, namespaces):
     try:
         os.execvpe(request["command"][0], request["command"], environment)
     except (ValueError, OSError) as error:
-        # Text of a model that no program takes, as one with a NUL or of 128 KiB, is a command that fails.
+        # A model's text that cannot be an argument (it has a NUL or 128 KiB) is a command that fails.
         if isinstance(error, OSError) and error.errno != errno.E2BIG:
             raise
         os.write(2, f"cannot run {request['command'][0]}: {error}\n".encode(errors="replace"))
@@ -152,7 +152,7 @@ def install_filter(namespaces):
     if platform.machine() not in ARCHITECTURES:
         return
     architecture, column = ARCHITECTURES[platform.machine()]
-    load, equal, at_least, any_bit, answer = 0x20, 0x15, 0x35, 0x45, 0x06
+    load, equal, at_least, any_bit, ret = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, fail = 0x7FFF0000, 0x00050000
     answers = dict.fromkeys(REFUSED.values(), errno.EPERM)
     conditions = dict(REFUSED_IF)
@@ -162,18 +162,18 @@ def install_filter(namespaces):
         answers |= dict.fromkeys(IGNORED_WITHOUT_NAMESPACES.values(), 0)
         conditions |= REFUSED_IF_WITHOUT_NAMESPACES
     # Lines of (code, lines to skip if true, if false, operand). Architecture is at 4, number at 0, arguments from 16.
-    lines = [(load, 0, 0, 4), (equal, 1, 0, architecture), (answer, 0, 0, fail | errno.EPERM)]
+    lines = [(load, 0, 0, 4), (equal, 1, 0, architecture), (ret, 0, 0, fail | errno.EPERM)]
     lines.append((load, 0, 0, 0))
     if column == 0:
-        lines += [(at_least, 0, 1, X32), (answer, 0, 0, fail | errno.EPERM)]
-    lines += [(equal, 0, 1, CLONE3), (answer, 0, 0, fail | errno.ENOSYS)]
+        lines += [(at_least, 0, 1, X32), (ret, 0, 0, fail | errno.EPERM)]
+    lines += [(equal, 0, 1, CLONE3), (ret, 0, 0, fail | errno.ENOSYS)]
     for numbers, code in answers.items():
         if numbers[column] is not None:
-            lines += [(equal, 0, 1, numbers[column]), (answer, 0, 0, fail | code)]
+            lines += [(equal, 0, 1, numbers[column]), (ret, 0, 0, fail | code)]
     for numbers, argument, bits in conditions.values():
         lines += [(equal, 0, 4, numbers[column]), (load, 0, 0, 16 + 8 * argument), (any_bit, 0, 1, bits)]
-        lines += [(answer, 0, 0, fail | errno.EPERM), (answer, 0, 0, allow)]
-    lines.append((answer, 0, 0, allow))
+        lines += [(ret, 0, 0, fail | errno.EPERM), (ret, 0, 0, allow)]
+    lines.append((ret, 0, 0, allow))
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))
     program = struct.pack("HxxxxxxQ", len(lines), ctypes.addressof(code))
     call("prctl", PR_SET_SECCOMP, 2, program, 0, 0)
@@ -183,12 +183,12 @@ def build_root(root, request):
     """Makes `root` the root of the file system: the system read-only, and a writable box."""
     mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
     for path in dict.fromkeys((*SYSTEM, *DEVICES, *request["visible"])):
-        place = root + path
+        target = root + path
         if os.path.islink(path) and path not in request["visible"]:
-            os.makedirs(os.path.dirname(place), exist_ok=True)
-            os.symlink(os.readlink(path), place)
-        elif os.path.exists(path) and not os.path.exists(place):
-            bind(path, place, MS_RDONLY if path not in DEVICES else 0)
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.symlink(os.readlink(path), target)
+        elif os.path.exists(path) and not os.path.exists(target):
+            bind(path, target, MS_RDONLY if path not in DEVICES else 0)
     os.mkdir(root + BOX)
     if request["directory"]:
         bind(request["directory"], root + BOX, 0)
@@ -198,10 +198,10 @@ def build_root(root, request):
         if os.getuid() == 0:
             os.chown(root + BOX, NOBODY, NOBODY)
     os.mkdir(root + "/proc")
-    # Containers often forbid a /proc of one's own; programs get along without.
+    # Containers often forbid mounting /proc; programs work without it.
     with contextlib.suppress(OSError):
         mount("proc", root + "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
-        os.symlink("/proc/self/fd", root + "/dev/fd")  # of Bash's <(command)
+        os.symlink("/proc/self/fd", root + "/dev/fd")  # for Bash's <(command)
     os.chdir(root)
     call("syscall", PIVOT_ROOT[platform.machine()], b".", b".")
     call("umount2", b".", MNT_DETACH)
@@ -224,8 +224,8 @@ def bind(path, place, flags):
         mount("", place, "", MS_REMOUNT | MS_BIND | flags | (MS_RELATIME if found & ST_RELATIME else 0))
 
 
-def enter_box(request):
-    """The porter: enters namespaces and becomes their init, or without them the command itself."""
+def enter_sandbox(request):
+    """Runs in the child: enters namespaces and forks their init, or without them becomes the command itself."""
     os.setsid()
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     filtered = platform.machine() in ARCHITECTURES
@@ -234,12 +234,12 @@ def enter_box(request):
     except OSError as error:
         give_up_root()
         if user := os.getuid():
-            # Here the limit counts everything that this user runs already; this process is the box's first.
+            # Here the limit counts all that this user runs already; this process is the sandbox's first.
             request["limits"]["processes"] += threads_of(user) - 1
-        box = request["directory"] or request["root"]
+        directory = request["directory"] or request["root"]
         prctl(PR_SET_NO_NEW_PRIVS, 1)
-        whole = restrict_files(request, box) and filtered
-        start(request, box, "landlock" if whole else "limited", str(error), namespaces=False)
+        complete = restrict_files(request, directory) and filtered
+        start(request, directory, "landlock" if complete else "limited", str(error), namespaces=False)
     init = os.fork()
     if init:
         os._exit(exit_code(os.waitpid(init, 0)[1]))
@@ -248,7 +248,7 @@ def enter_box(request):
     child = os.fork()
     if not child:
         if give_up_root():
-            with contextlib.suppress(OSError):  # so that processes are counted for this box alone
+            with contextlib.suppress(OSError):  # so that only processes of this sandbox are counted
                 new_user_namespace()
         start(request, BOX, "namespaces" if filtered else "limited", "unknown processor", namespaces=True)
     while True:
@@ -258,22 +258,22 @@ def enter_box(request):
 
 
 def restrict_files(request, box):
-    """Landlock: the box, and the system read-only; signals stay inside. Returns whether the kernel can do all of it."""
+    """Landlock: allows `box`, and the system read-only; signals stay inside. Returns whether the kernel can do all."""
     version = LIBC.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1)
     if version < 1:
         return False
-    every = (1 << next(count for since, count in LANDLOCK_RIGHTS.items() if version >= since)) - 1
+    all_rights = (1 << next(count for since, count in LANDLOCK_RIGHTS.items() if version >= since)) - 1
     scopes = 3 if version >= LANDLOCK_SCOPES else 0  # abstract sockets, signals
-    rules = struct.pack("QQQ", every, 0, scopes)[: 24 if scopes else 8]
+    rules = struct.pack("QQQ", all_rights, 0, scopes)[: 24 if scopes else 8]
     ruleset = LIBC.syscall(LANDLOCK_CREATE_RULESET, rules, len(rules), 0)
     for path in dict.fromkeys((box, *SYSTEM, *DEVICES, *request["visible"])):
-        rights = every if path in (box, *DEVICES) else EXECUTE | READ_FILE | READ_DIR
+        rights = all_rights if path in (box, *DEVICES) else EXECUTE | READ_FILE | READ_DIR
         if not os.path.isdir(path):
             rights &= EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE | IOCTL_DEV
         with contextlib.suppress(OSError):  # not there, or not for this user to see
-            place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            call("syscall", LANDLOCK_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, place), 0)
-            os.close(place)
+            descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            call("syscall", LANDLOCK_ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, descriptor), 0)
+            os.close(descriptor)
     call("syscall", LANDLOCK_RESTRICT_SELF, ruleset, 0)
     os.close(ruleset)
     return version >= LANDLOCK_SCOPES
@@ -291,7 +291,7 @@ def unshare(request):
             new_user_namespace(NAMESPACES)
     else:
         new_user_namespace(NAMESPACES)
-    # Ubuntu 24.04 gives user namespaces without the right to mount: that must show here, not when it is too late.
+    # Ubuntu 24.04 gives user namespaces without the right to mount: fail here, while there is a fallback.
     mount("", "/", "", MS_REC | MS_PRIVATE)
 
 
@@ -312,7 +312,7 @@ def give_up_root():
     os.setgroups([])
     os.setresgid(NOBODY, NOBODY, NOBODY)
     os.setresuid(NOBODY, NOBODY, NOBODY)
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # forgotten with the change of user
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # reset by the change of user
     prctl(PR_SET_DUMPABLE, 1)  # otherwise /proc/self/uid_map is root's
     return True
 
@@ -338,12 +338,12 @@ def report(request, **found):
 
 def children():
     """Processes whose parent is this one, adopted orphans among them."""
-    found = []
-    for process in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{process}/stat") as file:
+    pids = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
             if int(file.read().rpartition(")")[2].split()[1]) == os.getpid():
-                found.append(int(process))
-    return found
+                pids.append(int(pid))
+    return pids
 
 
 def kill_all():
@@ -365,25 +365,25 @@ def main():
     os.set_inheritable(request["report"], False)
     started = time.monotonic()
     os.dup2(os.open("/dev/null", os.O_RDONLY), 0)
-    porter = os.fork()
-    if not porter:
+    child = os.fork()
+    if not child:
         try:
-            enter_box(request)
+            enter_sandbox(request)
         except BaseException as error:
             report(request, failed=f"{type(error).__name__}: {error}")
             os._exit(125)
-    for channel in request["channels"]:  # so that their other ends see when the command is gone
+    for channel in request["channels"]:  # so that the other ends are closed when the command exits
         os.close(channel)
 
-    def ring(*_):
+    def expire(*_):
         raise TimeoutError
 
-    signal.signal(signal.SIGALRM, ring)
+    signal.signal(signal.SIGALRM, expire)
     signal.setitimer(signal.ITIMER_REAL, request["limits"]["wall_seconds"])
     code = None
     try:
-        # Orphans may end first, so it is this one that is waited for.
-        code = exit_code(os.waitpid(porter, 0)[1])
+        # Orphans may end first, so wait for the child itself.
+        code = exit_code(os.waitpid(child, 0)[1])
         signal.setitimer(signal.ITIMER_REAL, 0)
     except TimeoutError:
         pass

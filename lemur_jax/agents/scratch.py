@@ -1,6 +1,6 @@
-"""Temporary directories of boxes and databases, all in one of this process, which is removed when it exits.
+"""Temporary directories of sandboxes and databases, all in one directory of this process, removed when it exits.
 
-A process that is killed cannot do that: the next one does.
+If the process is killed, the next one removes the directory.
 """
 
 import atexit
@@ -21,32 +21,32 @@ def make_directory(prefix: str) -> pathlib.Path:
 
 
 def remove_tree(path: str | os.PathLike) -> None:
-    """Removes a directory that untrusted code wrote in: of any depth, which `shutil.rmtree` cannot, with any modes."""
+    """Removes a directory that untrusted code wrote in: of any depth (`shutil.rmtree` fails) and with any modes."""
     subprocess.run(["sh", "-c", 'chmod -R u+rwx "$0"; rm -rf "$0"', os.path.abspath(path)], check=True)
 
 
 @functools.cache
 def _home() -> pathlib.Path:
     """The directory of this process, locked while it lives; those of processes that were killed are removed."""
-    for left in pathlib.Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    for leftover in pathlib.Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):  # of another user, or locked: in use
-            place = _lock(left)
-            if os.fstat(place).st_uid == os.getuid():
-                remove_tree(left)
-            os.close(place)
-    # Named when it is locked, so that no other process removes it.
+            descriptor = _lock(leftover)
+            if os.fstat(descriptor).st_uid == os.getuid():
+                remove_tree(leftover)
+            os.close(descriptor)
+    # Renamed only when it is locked, so that no other process removes it.
     new = pathlib.Path(tempfile.mkdtemp(prefix="lemur-new-"))
-    new.chmod(0o711)  # boxes may run as another user
+    new.chmod(0o711)  # sandboxes may run as another user
     _lock(new)  # until the process ends
     atexit.register(remove_tree, home := new.with_name(new.name.replace("lemur-new-", _PREFIX)))
     return new.rename(home)
 
 
 def _lock(directory: pathlib.Path) -> int:
-    place = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        os.close(place)
+        os.close(descriptor)
         raise
-    return place
+    return descriptor

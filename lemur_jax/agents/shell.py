@@ -17,7 +17,7 @@ from lemur_jax.agents.sandbox import Limits, run
 from lemur_jax.common.errors import UserError
 
 CELL_SECONDS = 30
-# The clock of the box also counts the turns of the model: cells are measured one by one.
+# The clock of the sandbox also counts the model's turns, so each cell has its own time limit.
 BOX_SECONDS = 24 * 3600
 # For Python's start and a cell that catches its TimeoutError; a cell that blocks its alarm takes longer.
 GRACE_SECONDS = 60
@@ -39,21 +39,21 @@ def interpreter(python: str) -> tuple[str, ...]:
       UserError: it does not run, or lacks IPython.
     """
     try:
-        asked = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, check=True)
+        result = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise UserError(
             f"the agents' shell needs IPython, which {python} cannot import: pip install 'lemur_jax[agents]', or"
             " ipython for another --cell-python"
         ) from error
-    return tuple(json.loads(asked.stdout))
+    return tuple(json.loads(result.stdout))
 
 
 class Shell:
     """IPython with an interpreter's packages; the process starts at the first cell.
 
     Args:
-      functions: by signature, e.g. "put(object, receptacle)": of strings, that the cells can call; they run here,
-        outside the sandbox.
+      functions: functions of strings that the cells can call, by signature, e.g. "put(object, receptacle)"; they run in
+        this process, outside the sandbox.
       python: the interpreter.
     """
 
@@ -62,7 +62,7 @@ class Shell:
         self._functions = {name.partition("(")[0]: function for name, function in functions.items()}
         self._python = python
         self._box: threading.Thread | None = None
-        self._ended: Exception | None = None  # how
+        self._ended: Exception | None = None  # why it has ended
 
     def run_cell(self, code: str) -> str:
         """What a cell prints; raises UserError without IPython, or if it does not start in the sandbox."""
@@ -121,13 +121,13 @@ class Shell:
     def _run_box(self, command: list[str], limits: Limits, channels: list[int]) -> None:
         try:
             result = run(command, files={"main.py": _SCRIPT.read_text()}, limits=limits, channels=channels)
-            said = result.errors.strip().rpartition("\n")[2] or f"exit code {result.code}"
-            self._ended = UserError(f"IPython of {self._python} does not start in the sandbox: {said}")
+            reason = result.errors.strip().rpartition("\n")[2] or f"exit code {result.code}"
+            self._ended = UserError(f"IPython of {self._python} does not start in the sandbox: {reason}")
         except (UserError, OSError) as error:
             self._ended = error
 
     def close(self) -> None:
-        """Ends the process. One that ignores this ends with the sandbox, or when this process does."""
+        """Ends the process. If it ignores this, it ends with the sandbox or with this process."""
         if self._box is not None:
             for pipe in (self._requests, self._replies):
                 with contextlib.suppress(OSError):

@@ -31,11 +31,11 @@ def main(reading, writing, seconds, names, *paths):
             data = data[os.write(int(writing), data) :]
 
     def ask(name, *arguments):
-        left = signal.alarm(0)  # the other side's time is not the cell's
+        remaining = signal.alarm(0)  # waiting for the other side does not count
         send({"call": name, "arguments": list(map(str, arguments))})
-        found = loads(incoming.readline())
-        signal.alarm(left)
-        return found
+        reply = loads(incoming.readline())
+        signal.alarm(remaining)
+        return reply
 
     def function(signature):
         name, _, parameters = signature.rstrip(")").partition("(")
@@ -50,9 +50,9 @@ def main(reading, writing, seconds, names, *paths):
         raise TimeoutError(f"Timed out after {seconds} seconds.")
 
     def system(command):
-        # IPython's own needs a terminal, which the sandbox has not; its lines end as a terminal's do.
-        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        print(subprocess.run(["/bin/bash", "-c", command], **pipe).stdout.replace("\n", "\r\n"), end="")
+        # IPython's own needs a terminal, which the sandbox does not have; lines end as in a terminal.
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        print(subprocess.run(["/bin/bash", "-c", command], **options).stdout.replace("\n", "\r\n"), end="")
 
     config = Config()
     config.HistoryManager.enabled = False

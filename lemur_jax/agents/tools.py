@@ -65,14 +65,14 @@ TOOLS: dict[str, Callable[..., Any]] = {
 
 def schemas() -> list[dict[str, Any]]:
     """The tools as OpenAI's `tools` describes them; all arguments are strings."""
-    found = []
+    tools = []
     for name, tool in TOOLS.items():
         names = list(inspect.signature(tool).parameters)[1:]
         properties = {argument: {"type": "string"} for argument in names}
         parameters = {"type": "object", "properties": properties, "required": names}
         function = {"name": name, "description": inspect.getdoc(tool), "parameters": parameters}
-        found.append({"type": "function", "function": function})
-    return found
+        tools.append({"type": "function", "function": function})
+    return tools
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,15 +151,15 @@ class ToolEnvironment(Environment):
         if calls := _CALL.findall(action):
             results = [self._call(text) for text in calls]
             verdict = next((verdict for _, verdict in results if verdict != "unfinished"), "unfinished")
-            shown = "\n".join(result for result, _ in results)
-            return Step(observation=shown, verdict=verdict, role="tool")
+            output = "\n".join(result for result, _ in results)
+            return Step(observation=output, verdict=verdict, role="tool")
         if not action.strip():
             return Step(observation="Are you there?", verdict="no answer")
         if self._errand.solved(self._shop, action):
             return Step(observation="Thank you.", reward=1.0, verdict="passed")
         if "?" in action:
-            asked = action.lower()
-            answers = [answer for word, answer in self._errand.answers.items() if word in asked]
+            question = action.lower()
+            answers = [answer for word, answer in self._errand.answers.items() if word in question]
             return Step(observation=answers[0] if answers else "I do not know.", verdict="asked")
         hint = self._errand.hints[min(self._wrong, len(self._errand.hints) - 1)]
         self._wrong += 1
@@ -176,12 +176,12 @@ class ToolEnvironment(Environment):
         if not isinstance(name, str) or name not in TOOLS:
             return f"Error: there is no tool {name!r}", "name"
         try:
-            found = TOOLS[name](self._shop, **{key: str(value) for key, value in dict(arguments).items()})
+            result = TOOLS[name](self._shop, **{key: str(value) for key, value in dict(arguments).items()})
         except (TypeError, ValueError) as error:
             return f"Error: {error}", "type"
         except KeyError as error:
             return f"Error: there is no order {error}", "name"
-        return json.dumps(found, ensure_ascii=False), "unfinished"
+        return json.dumps(result, ensure_ascii=False), "unfinished"
 
 
 def tool_environments() -> list[ToolEnvironment]:

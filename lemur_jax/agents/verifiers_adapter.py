@@ -1,4 +1,4 @@
-"""The `verifiers` library (0.4): our environments as one of its tasksets, and its tasksets for a model of ours.
+"""The `verifiers` library (0.4): our environments as a taskset, and its tasksets for our models.
 
 Taskset, environment and harness are found by the name `lemur-verifiers` (lemur_verifiers.py).
 """
@@ -24,8 +24,8 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
-# Without it the library runs its own chat program, in a container or installed by `uv`.
-_SEAT = {"harness": {"id": "lemur-verifiers"}, "runtime": {"type": "subprocess"}}
+# Without this the library runs its own chat program, in a container or installed by `uv`.
+_AGENT = {"harness": {"id": "lemur-verifiers"}, "runtime": {"type": "subprocess"}}
 
 
 class LemurConfig(vf.TasksetConfig):
@@ -37,7 +37,7 @@ class LemurConfig(vf.TasksetConfig):
 
 
 class LemurTaskset(vf.Taskset[vf.Task, LemurConfig]):
-    """Our environments. A task holds its name alone; the environment asks in its first turn."""
+    """Our environments. A task holds only its name; the environment asks in its first turn."""
 
     def __init__(self, config: LemurConfig):
         super().__init__(config)
@@ -91,32 +91,32 @@ class LemurHarness(vf.Harness[vf.HarnessConfig]):
 
 
 def open_taskset(name: str, limit: int | None = None) -> vf.Env:
-    """The environment of a taskset, in which a model of ours takes every seat.
+    """The environment of a taskset, in which our model plays every agent.
 
     Raises:
-      UserError: there is no such taskset, or it has no end.
+      UserError: there is no such taskset, or it is infinite.
     """
     try:
         fields = vf.env_config_type(name).model_fields
-        seats = [key for key, field in fields.items() if isinstance(field.default, vf.AgentConfig)]
-        config = vf.resolve_env_config({"taskset": {"id": name}} | dict.fromkeys(seats, _SEAT))
+        agents = [key for key, field in fields.items() if isinstance(field.default, vf.AgentConfig)]
+        config = vf.resolve_env_config({"taskset": {"id": name}} | dict.fromkeys(agents, _AGENT))
         env = vf.load_environment(config)
     except (ImportError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"the taskset {name!r} of verifiers cannot be loaded: {error}") from error
     if limit is None and not env.taskset.bounded:
-        raise UserError(f"the taskset {name!r} has no end: lemur eval needs a --limit, lemur rl another one")
+        raise UserError(f"the taskset {name!r} is infinite: lemur eval needs a --limit, lemur rl another one")
     return env
 
 
 def tasks_by_id(name: str, tasks: Iterable[vf.Task]) -> dict[str, vf.Task]:
-    """The tasks of a taskset by TASKSET/TASK; names may be the same, and then have a number behind them."""
-    found: dict[str, vf.Task] = {}
-    for number, task in enumerate(tasks):
+    """The tasks of a taskset by TASKSET/TASK; a number is appended to a name that occurs twice."""
+    by_id: dict[str, vf.Task] = {}
+    for index, task in enumerate(tasks):
         id = f"{name}/{task.data.name or task.data.idx}"
-        while id in found:
-            id = f"{id}-{number}"
-        found[id] = task
-    return found
+        while id in by_id:
+            id = f"{id}-{index}"
+        by_id[id] = task
+    return by_id
 
 
 def run_taskset(
@@ -132,12 +132,12 @@ def run_taskset(
     """Runs the tasks of a taskset that the journal does not have, greedy; a warning names episodes with an error.
 
     Args:
-      name: of the taskset, as for `vf-eval`; of an environment with several seats the model takes all.
+      name: of the taskset, as for `vf-eval`; in an environment with several agents the model plays all.
       base_url, model: the endpoint.
       batch: episodes at once.
 
     Raises:
-      UserError: there is no such taskset, it has no end, or every episode has an error.
+      UserError: there is no such taskset, it is infinite, or every episode has an error.
     """
     env = open_taskset(name, limit)
     context = vf.ModelContext(
@@ -148,46 +148,46 @@ def run_taskset(
     tasks = tasks_by_id(name, env.taskset if limit is None else env.taskset.take(limit))
     failed: dict[str, str] = {}
 
-    async def play(id: str, gate: asyncio.Semaphore) -> None:
+    async def play(id: str, semaphore: asyncio.Semaphore) -> None:
         (slot,) = env.slots(tasks[id])
-        episode = await env.run_slot(slot, context, gate)
+        episode = await env.run_slot(slot, context, semaphore)
         errors = [*episode.errors, *(error for trace in episode.traces for error in trace.errors)]
         if errors:
             failed[id] = f"{id}: {errors[0].type}: {errors[0].message}"
             return
-        seats = [id, *(f"{id}#{number}" for number in range(2, len(episode.traces) + 1))]
-        for seat, trace in reversed(list(zip(seats, episode.traces, strict=True))):
-            journal.add(_trace(seat, trace))  # the first seat last: it says that all are there
+        trace_ids = [id, *(f"{id}#{number}" for number in range(2, len(episode.traces) + 1))]
+        for trace_id, trace in reversed(list(zip(trace_ids, episode.traces, strict=True))):
+            journal.add(_trace(trace_id, trace))  # the first agent's last: it says that all are there
 
     async def run() -> None:
-        gate = asyncio.Semaphore(batch)
+        semaphore = asyncio.Semaphore(batch)
         async with env.serving():
-            await asyncio.gather(*(play(id, gate) for id in tasks if id not in journal.traces))
+            await asyncio.gather(*(play(id, semaphore) for id in tasks if id not in journal.traces))
 
     asyncio.run(run())
     order = {id: number for number, id in enumerate(tasks)}
-    places = {id: order.get(id, order.get(id.rpartition("#")[0], -1)) for id in journal.traces}
-    traces = [journal.traces[id] for id in sorted(places, key=places.__getitem__) if places[id] >= 0]
+    positions = {id: order.get(id, order.get(id.rpartition("#")[0], -1)) for id in journal.traces}
+    traces = [journal.traces[id] for id in sorted(positions, key=positions.__getitem__) if positions[id] >= 0]
     if failed:
-        first = next(iter(failed.values()))
+        first_error = next(iter(failed.values()))
         if not traces:
-            raise UserError(f"every episode has an error; {first}")
+            raise UserError(f"every episode has an error; {first_error}")
         text = "not scored: %d episodes with an error (%s): %s"
-        logger.warning(text, len(failed), first, ", ".join(failed))
+        logger.warning(text, len(failed), first_error, ", ".join(failed))
     return traces
 
 
 def _trace(id: str, trace: vf.Trace) -> Trace:
-    spoken: list[tuple[str, str]] = [("", "")]  # (of the model, then to it); the task first
+    exchanges: list[tuple[str, str]] = [("", "")]  # (text of the model, reply to it); the task first
     for message in trace.messages:
         text = content_text(message.content)
         if message.role == "assistant":
-            spoken.append((text, ""))
+            exchanges.append((text, ""))
         else:
-            spoken[-1] = (spoken[-1][0], f"{spoken[-1][1]}\n{text}".lstrip("\n"))
-    steps = [Step(observation=seen, verdict="unfinished") for _, seen in spoken[1:-1]]
+            exchanges[-1] = (exchanges[-1][0], f"{exchanges[-1][1]}\n{text}".lstrip("\n"))
+    steps = [Step(observation=observation, verdict="unfinished") for _, observation in exchanges[1:-1]]
     verdict = "passed" if trace.reward >= 1 else "wrong answer"
-    steps.append(Step(observation=spoken[-1][1], verdict=verdict, reward=trace.reward))
+    steps.append(Step(observation=exchanges[-1][1], verdict=verdict, reward=trace.reward))
     # Not strict: a model that never spoke has no turn.
-    turns = [Turn(action=text, step=step) for (text, _), step in zip(spoken[1:], steps, strict=False)]
-    return Trace(id=id, task=spoken[0][1], turns=tuple(turns))
+    turns = [Turn(action=text, step=step) for (text, _), step in zip(exchanges[1:], steps, strict=False)]
+    return Trace(id=id, task=exchanges[0][1], turns=tuple(turns))

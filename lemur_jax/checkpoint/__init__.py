@@ -1,1 +1,1 @@
-"""Checkpoints that say everything about themselves, through Orbax."""
+"""Self-describing checkpoints, through Orbax."""

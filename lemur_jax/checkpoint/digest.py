@@ -50,14 +50,14 @@ class RunningDigest:
     def update(self, block: np.ndarray) -> None:
         """Adds the next elements; any dtype of 1, 2 or 4 bytes, C-contiguous."""
         bits = block.reshape(-1).view(f"u{block.dtype.itemsize}")
-        words = np.empty(min(_BLOCK, bits.size), np.uint32)
+        buffer = np.empty(min(_BLOCK, bits.size), np.uint32)
         position = 0
         while position < bits.size:
             start = self._index % _BLOCK
             count = min(_BLOCK - start, bits.size - position)
-            part = words[:count]
-            np.multiply(bits[position : position + count], _TABLE[start : start + count], out=part)
-            self._sum += int(part.sum(dtype=np.uint32)) * (2 * (self._index // _BLOCK % _BLOCK) + 1)
+            products = buffer[:count]
+            np.multiply(bits[position : position + count], _TABLE[start : start + count], out=products)
+            self._sum += int(products.sum(dtype=np.uint32)) * (2 * (self._index // _BLOCK % _BLOCK) + 1)
             self._index += count
             position += count
 
@@ -108,11 +108,11 @@ def _gather(leaf: Any) -> np.ndarray:
     if leaf.is_fully_replicated:
         return np.asarray(leaf.addressable_shards[0].data)
     # `np.asarray` of a sharded array would be cached by JAX for as long as the array lives.
-    whole = np.empty(leaf.shape, leaf.dtype)
+    array = np.empty(leaf.shape, leaf.dtype)
     for shard in leaf.addressable_shards:
         if shard.replica_id == 0:
-            whole[shard.index] = shard.data
-    return whole
+            array[shard.index] = shard.data
+    return array
 
 
 def _reduce_piece(flat: np.ndarray, index: int) -> tuple[int, bool]:

@@ -1,4 +1,4 @@
-"""What is in a checkpoint directory: steps, sizes, ages, which are whole, and how two configs differ."""
+"""What is in a checkpoint directory: steps, sizes, ages, which are intact, and how two configs differ."""
 
 import time
 from functools import partial
@@ -41,7 +41,7 @@ def checkpoint_table(path: epath.PathLike) -> tuple[str, bool]:
         except FileNotFoundError:
             continue
         if not state.startswith("verified") and step not in steps_in(directory)[1]:
-            continue  # a run that goes on has removed it since
+            continue  # an active run has removed it since
         states.append(state)
         lines.append(f"{step:>10} {size / 1e9:>9.3f} {duration(max(0.0, time.time() - newest)):>12}  {state}")
     return "\n".join(lines), all(state.startswith("verified") for state in states)
@@ -52,14 +52,14 @@ def verify(directory: epath.Path, step: int) -> str:
     try:
         manager = open_manager(directory)
         leaves = restore_metadata(manager, directory, step)["leaves"]
-        for item, of in leaves.items():
-            # A restore of nothing: Orbax reads what describes the item, and no array.
-            nothing = ocp.args.PyTreeRestore(item={"none": ocp.PLACEHOLDER}, partial_restore=True)
+        for item, tree in leaves.items():
+            # Restores no array: Orbax only reads the description of the item.
+            no_arrays = ocp.args.PyTreeRestore(item={"none": ocp.PLACEHOLDER}, partial_restore=True)
             read_on_all_hosts(
-                partial(manager.restore, step, args=ocp.args.Composite(**{item: nothing})), item
+                partial(manager.restore, step, args=ocp.args.Composite(**{item: no_arrays})), item
             )
-            arrays = open_arrays(directory, step, of, item)
-            for name, leaf in of.items():
+            arrays = open_arrays(directory, step, tree, item)
+            for name, leaf in tree.items():
                 if _digest(arrays[name], f"{item}: {name}", leaf) != leaf.digest:
                     raise Damaged(f"{item}: {name} is not what was saved")
     except UserError as error:
@@ -73,10 +73,10 @@ def _digest(array: Any, name: str, leaf: Leaf) -> int:
     if (tuple(array.shape), str(array.dtype.name)) != (leaf.shape, leaf.dtype):
         raise Damaged(f"{name} is not what was saved")
     digest = RunningDigest()
-    for part in read_slices(array, chunk_slices(array), name):
-        if not np.isfinite(part).all():
+    for block in read_slices(array, chunk_slices(array), name):
+        if not np.isfinite(block).all():
             raise Damaged(f"{name} has values that are not finite")
-        digest.update(part)
+        digest.update(block)
     return digest.value
 
 

@@ -2,8 +2,8 @@
 
 A checkpoint directory holds one folder per step with the items `params`, `optimizer` (not in an imported one) and
 `metadata`: the model's shape, the run's config, the tokenizer's files, the digests of the data, and shape, dtype and
-digest of every leaf. Nothing else is needed to resume, export or generate, and nothing is used from a checkpoint that
-does not agree with it.
+digest of every leaf. Nothing else is needed to resume, export or generate, and a checkpoint that does not match its
+metadata is never used.
 """
 
 import contextlib
@@ -85,7 +85,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             "preservation_policy": checkpoint_managers.AnyPreservationPolicy(policies),
             "best_fn": loss if keep_best else None,  # without it, Orbax stores no losses
             "best_mode": "min",
-            # Directories that cannot be made then raise from `save` itself, and no thread waits for them.
+            # A directory that cannot be made then raises in `save` itself, and no thread waits for it.
             "async_options": ocp.AsyncOptions(
                 timeout_secs=_SAVE_SECONDS,
                 create_directories_asynchronously=False,
@@ -98,7 +98,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._failures = 0
         # The newest finished step, which may be damaged; 0: none.
         self.finished = self._manager.latest_step() or 0
-        self._pending: int | None = None  # the step whose save has not been seen to end
+        self._pending: int | None = None  # the step of a save that may still be running
         self._threads: set[threading.Thread] = set()  # those of this process before the last save
 
     @property
@@ -156,7 +156,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         self._orbax_barrier(key=key, timeout_ms=timeout_ms)
 
     def wait(self) -> None:
-        """Waits until no save is going on; UserError: too many saves have failed."""
+        """Waits until no save is running; UserError: too many saves have failed."""
         if self._pending is None:
             return
         message = "the checkpoint of step %d is not yet written to %s after %g s: waiting for its end"
@@ -173,7 +173,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             slow.cancel()
 
     def poll(self) -> None:
-        """Reports, and raises, as `wait` does, but does not wait for a save that is going on."""
+        """Reports, and raises, as `wait` does, but does not wait for a save that is running."""
         if self._pending is not None and not self._manager.is_saving_in_progress():
             self.wait()
 
@@ -204,18 +204,18 @@ class Checkpoints(contextlib.AbstractContextManager):
     def restore(self, step: int, params: Any, optimizer: Any, fresh: bool = False) -> tuple[Any, Any]:
         """Reads both trees with the shardings of the given abstract trees, and verifies them.
 
-        With `fresh`, where the stored optimizer is another one, None is returned for it. Raises Damaged: something is
-        not what was saved; UserError: a leaf is missing, unexpected, or of another shape or dtype than wanted.
+        With `fresh`, None is returned if the stored optimizer is another one. Raises Damaged: something is not
+        what was saved; UserError: a leaf is missing, unexpected, or of another shape or dtype than given.
         """
         reader = open_manager(self.path, broadcast=self._broadcast)
         leaves = restore_metadata(reader, self.path, step)["leaves"]
-        wanted = {"params": params, "optimizer": optimizer}
-        if difference := check_state(leaves, wanted, f"checkpoint {self.path}/{step}", fresh):
+        trees = {"params": params, "optimizer": optimizer}
+        if difference := check_state(leaves, trees, f"checkpoint {self.path}/{step}", fresh):
             logger.warning("%s: the optimizer is reset at step %d", difference, step)
-            del wanted["optimizer"]
+            del trees["optimizer"]
         restored = {
             item: restore_item(reader, self.path, step, item, tree, leaves[item], self._broadcast)
-            for item, tree in wanted.items()
+            for item, tree in trees.items()
         }
         return restored["params"], restored.get("optimizer")
 
@@ -227,13 +227,13 @@ class Checkpoints(contextlib.AbstractContextManager):
         at_most: int | None = None,
         fresh: bool = False,
     ) -> tuple[int, Any, Any] | None:
-        """(step, params, optimizer) of the newest checkpoint that is whole; None where there is none.
+        """(step, params, optimizer) of the newest intact checkpoint; None if there is none.
 
         Damaged ones are reported and renamed, so that they neither count as kept nor block their step. `check` is given
-        the checkpoint's metadata first and may refuse it; steps after `at_most` are left alone; the rest is as in
+        the checkpoint's metadata first and may refuse it; steps after `at_most` are ignored; the rest is as in
         `restore`.
 
-        Raises UserError: every checkpoint is damaged, or the newest whole one does not fit.
+        Raises UserError: every checkpoint is damaged, or the newest intact one does not fit.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         steps = [step for step in steps if at_most is None or step <= at_most]
@@ -245,11 +245,11 @@ class Checkpoints(contextlib.AbstractContextManager):
             except Damaged as error:
                 damaged[step] = error
                 continue
-            for bad, error in damaged.items():
+            for damaged_step, error in damaged.items():
                 logger.warning(
                     "%s. Going on from step %d: %d steps are lost and will be trained again; the damaged checkpoint is"
                     " kept as %s",
-                    *(error, step, bad - step, self._set_aside(bad)),
+                    *(error, step, damaged_step - step, self._set_aside(damaged_step)),
                 )
             return step, *restored
         if damaged:
@@ -260,7 +260,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         return None
 
     def _set_aside(self, step: int) -> epath.Path:
-        """Renames a damaged step to what is no step, and returns its new path."""
+        """Renames a damaged step, so that it no longer counts as one, and returns its new path."""
         source, target = self.path / str(step), self.path / f"damaged-{step}"
         if hosts.is_primary():
             target.rmtree(missing_ok=True)
@@ -270,7 +270,7 @@ class Checkpoints(contextlib.AbstractContextManager):
         return target
 
     def close(self) -> None:
-        """Waits for the save that is going on, then ends Orbax's threads."""
+        """Waits for the save that is running, then ends Orbax's threads."""
         try:
             self.wait()
         finally:
@@ -321,7 +321,7 @@ def _move(source: epath.Path, target: epath.Path) -> None:
         source.rename(target)
         return
     _copy_files(source, target)
-    # First what makes it a checkpoint: killed from here on, the copy is the only one and is not made again.
+    # First the marker: after a kill from here on, only the copy counts, and it is not made again.
     (source / _COMMITTED).unlink(missing_ok=True)
     source.rmtree()
 

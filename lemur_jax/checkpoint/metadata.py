@@ -56,7 +56,7 @@ def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
 def seal(metadata: Mapping[str, Any], leaves: Mapping[str, Mapping[str, Leaf]]) -> dict[str, Any]:
     """The metadata of `make_metadata` with its leaves, by item and name, and a SHA-256 of both."""
     described = {
-        item: {name: dataclasses.asdict(leaf) for name, leaf in of.items()} for item, of in leaves.items()
+        item: {name: dataclasses.asdict(leaf) for name, leaf in tree.items()} for item, tree in leaves.items()
     }
     content = json.loads(json.dumps({**metadata, "leaves": described}))  # tuples become lists, as when read
     return {**content, "seal": digest_of(content)}
@@ -72,8 +72,8 @@ def unseal(content: Any, where: str) -> dict[str, Any]:
     if content.pop("seal", None) != digest_of(content):
         raise Damaged(f"{where} is damaged: its metadata is not what was saved")
     content["leaves"] = {
-        item: {name: Leaf(**{**leaf, "shape": tuple(leaf["shape"])}) for name, leaf in of.items()}
-        for item, of in content["leaves"].items()
+        item: {name: Leaf(**{**leaf, "shape": tuple(leaf["shape"])}) for name, leaf in tree.items()}
+        for item, tree in content["leaves"].items()
     }
     return content
 
@@ -82,7 +82,7 @@ def check_leaves(stored: Mapping[str, Leaf] | None, wanted: Any, where: str, *, 
     """Compares the leaves of a checkpoint's item, None if it has no such item, with a tree of arrays or
     ShapeDtypeStructs.
 
-    Raises UserError, which names the first leaf that differs in name, shape or dtype; `where` stands for checkpoint and
+    Raises UserError, which names the first leaf that differs in name, shape or dtype; `where` names checkpoint and
     item.
     """
     if stored is None:
@@ -95,11 +95,11 @@ def check_leaves(stored: Mapping[str, Leaf] | None, wanted: Any, where: str, *, 
             f"{where}: {unexpected[0]} is not wanted by this config ({len(unexpected)} such in all)"
         )
     for name, leaf in expected.items():
-        found = stored[name]
-        if found.shape != tuple(leaf.shape):
-            raise UserError(f"{where}: {name} has shape {found.shape}, this config wants {leaf.shape}")
-        if dtypes and found.dtype != str(leaf.dtype):
-            raise UserError(f"{where}: {name} is {found.dtype}, this config wants {leaf.dtype}")
+        saved = stored[name]
+        if saved.shape != tuple(leaf.shape):
+            raise UserError(f"{where}: {name} has shape {saved.shape}, this config wants {leaf.shape}")
+        if dtypes and saved.dtype != str(leaf.dtype):
+            raise UserError(f"{where}: {name} is {saved.dtype}, this config wants {leaf.dtype}")
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Reading checkpoints: nothing is used that does not agree with what was saved."""
+"""Reading checkpoints: data that differs from what was saved is never used."""
 
 import contextlib
 import re
@@ -18,7 +18,7 @@ from lemur_jax.cluster import hosts
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.paths import absolute, is_refused_by_store, store_url
 
-# How errors of storage begin that say nothing about the files themselves.
+# Prefixes of storage errors that say nothing about the files themselves.
 _TRANSIENT = (
     *("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED"),
     *("ABORTED", "CANCELLED", "INTERNAL", "UNKNOWN"),
@@ -40,7 +40,7 @@ class Manager(ocp.CheckpointManager):
 
 
 def open_manager(path: epath.Path, *, broadcast: bool = False, **options: Any) -> ocp.CheckpointManager:
-    """Orbax's manager of our items, for reading by each host for itself unless `options` say otherwise.
+    """Orbax's manager of our items; without `options`, each host reads on its own.
 
     With `broadcast`, arrays are read by the devices of one entry of the mesh's first axis, and sent to the others.
     Raises UserError: storage cannot be read now: rights, network, too many open files.
@@ -99,10 +99,10 @@ def steps_in(path: epath.PathLike) -> tuple[epath.Path, list[int]]:
     """
     directory = absolute(path)
     # First: `exists` raises where a store cannot be reached, `is_dir` returns False.
-    there = directory.exists()
+    exists = directory.exists()
     if (directory / "checkpoints").is_dir():
         directory = directory / "checkpoints"
-    if not there or not directory.is_dir():
+    if not exists or not directory.is_dir():
         raise UserError(f"no checkpoint directory at {path}")
     steps = sorted(open_manager(directory).all_steps())
     if not steps:
@@ -132,7 +132,7 @@ def read_metadata(path: epath.PathLike, step: int | None = None) -> dict[str, An
 
 
 def newest_metadata(path: epath.PathLike) -> dict[str, Any]:
-    """`read_metadata` of the newest step whose metadata is whole, read by each host alone; empty without one."""
+    """`read_metadata` of the newest step whose metadata is intact, read by each host alone; empty without one."""
     with hosts.alone(), contextlib.suppress(UserError):  # there is none
         directory, steps = steps_in(path)
         for step in reversed(steps):
@@ -158,12 +158,12 @@ def restore_metadata(manager: ocp.CheckpointManager, directory: epath.Path, step
 
     def read() -> Any:
         item = ocp.args.Composite(metadata=ocp.args.JsonRestore())
-        found = unseal(manager.restore(step, args=item)["metadata"], f"checkpoint {directory}/{step}")
-        if (saved := found.get("step", step)) != step:  # imports and earlier versions have none
+        metadata = unseal(manager.restore(step, args=item)["metadata"], f"checkpoint {directory}/{step}")
+        if (saved := metadata.get("step", step)) != step:  # imports and earlier versions have none
             raise UserError(
                 f"checkpoint {directory}/{step} is that of step {saved}: rename the directory back"
             )
-        return found
+        return metadata
 
     return read_on_all_hosts(read, f"checkpoint {directory}/{step}, metadata")
 
@@ -176,8 +176,8 @@ def restore_params(
 ) -> Any:
     """Parameters alone, verified, with the shardings and dtypes of an abstract tree.
 
-    One leaf at a time: the stored dtype is in memory beside the wanted one for a single leaf. `each` is applied to each
-    leaf, with its path, as soon as it is there. Raises Damaged: something is not what was saved; UserError: no
+    One leaf at a time: only a single leaf is in memory in both the stored and the requested dtype. `each` is applied to
+    each leaf, with its path, as soon as it is read. Raises Damaged: something is not what was saved; UserError: no
     checkpoint there; a leaf is missing, unexpected or of another shape.
     """
     manager, directory, step = _open(path, step)
@@ -185,14 +185,14 @@ def restore_params(
         leaves = restore_metadata(manager, directory, step)["leaves"]["params"]
         check_leaves(leaves, abstract, f"checkpoint {directory}/{step}, params", dtypes=False)
 
-        def restore(path: tuple[Any, ...], wanted: Any) -> Any:
+        def restore(path: tuple[Any, ...], target: Any) -> Any:
             name = "/".join(str(key.key) for key in path)
-            tree: Any = jax.ShapeDtypeStruct(wanted.shape, leaves[name].dtype, sharding=wanted.sharding)
+            tree: Any = jax.ShapeDtypeStruct(target.shape, leaves[name].dtype, sharding=target.sharding)
             for key in reversed(path):
                 tree = {key.key: tree}
             restored = restore_item(manager, directory, step, "params", tree, {name: leaves[name]})
             leaf = jax.tree.leaves(restored)[0]
-            return each(name, leaf if leaf.dtype == wanted.dtype else leaf.astype(wanted.dtype))
+            return each(name, leaf if leaf.dtype == target.dtype else leaf.astype(target.dtype))
 
         return jax.tree_util.tree_map_with_path(restore, abstract)
 
@@ -217,10 +217,10 @@ def restore_item(
     restored = read_on_all_hosts(
         lambda: manager.restore(step, args=ocp.args.Composite(**{item: arguments}))[item], where, broadcast
     )
-    for name, found in leaf_digests(restored, where, Damaged).items():
-        if found != leaves[name]:
+    for name, leaf in leaf_digests(restored, where, Damaged).items():
+        if leaf != leaves[name]:
             raise Damaged(
-                f"{where} is damaged: {name} is not what was saved (digest {found.digest:08x},"
+                f"{where} is damaged: {name} is not what was saved (digest {leaf.digest:08x},"
                 f" saved {leaves[name].digest:08x})"
             )
     return restored
@@ -279,17 +279,17 @@ def open_arrays(
     """
     location = steps_in(path)[0] / str(step) / item
     try:
-        opening = {}
+        futures = {}
         for name in names:
             store = {"driver": "ocdbt", "base": store_url(location), "path": name.replace("/", ".") + "/"}
-            opening[name] = ts.open({"driver": "zarr", "kvstore": store}, open=True, read=True)
-        return {name: future.result() for name, future in opening.items()}
+            futures[name] = ts.open({"driver": "zarr", "kvstore": store}, open=True, read=True)
+        return {name: future.result() for name, future in futures.items()}
     except (OSError, ValueError) as error:
         raise UserError(f"the arrays in {location} cannot be opened: {reason_of(error)}") from error
 
 
 def chunk_slices(array: ts.TensorStore) -> list[Any]:
-    """Slices of axis 0 that hold whole chunks, which are decoded at once; of a scalar the whole."""
+    """Slices of axis 0 that hold whole chunks, which are decoded at once; `[...]` for a scalar."""
     if not array.shape:
         return [...]
     rows = int((array.chunk_layout.read_chunk.shape or (1,))[0] or 1)
@@ -302,11 +302,11 @@ def read_slices(array: ts.TensorStore, slices: Sequence[Any], name: str) -> Iter
     Raises UserError: the file behind it is damaged.
     """
     try:
-        ahead = array[slices[0]].read()
-        for number in range(len(slices)):
-            part = ahead.result()
-            if number + 1 < len(slices):
-                ahead = array[slices[number + 1]].read()
-            yield part
+        future = array[slices[0]].read()
+        for index in range(len(slices)):
+            block = future.result()
+            if index + 1 < len(slices):
+                future = array[slices[index + 1]].read()
+            yield block
     except (OSError, ValueError) as error:
         raise UserError(f"{name} cannot be read: {reason_of(error)}") from error

@@ -94,13 +94,13 @@ def _write(value: Streamed, spec: ts.Spec, context: ts.Context) -> None:
     pending: list[Any] = []
     with ThreadPoolExecutor(1) as pool:
         try:
-            for number in range(value.pieces):
-                piece = value.read(number)  # while the one before it is written and summed
+            for index in range(value.pieces):
+                piece = value.read(index)  # while the previous piece is written and digested
                 for future in pending:
                     future.result()
-                part = array if rows is None else array[number * rows : (number + 1) * rows]
+                region = array if rows is None else array[index * rows : (index + 1) * rows]
                 pending = [
-                    part.write(piece, can_reference_source_data_indefinitely=True),
+                    region.write(piece, can_reference_source_data_indefinitely=True),
                     pool.submit(value.digest.update, piece),
                 ]
         finally:  # also after an error: the caller then removes the directory

@@ -13,7 +13,7 @@ from typing import Any
 from lemur_jax import __version__
 from lemur_jax.cli import data, evaluation, inference, planning, training, weights
 from lemur_jax.cluster import coordination
-from lemur_jax.cluster.exit import FAILED, INTERRUPTED, NO_READER, USER_ERROR, leave
+from lemur_jax.cluster.exit import FAILED, INTERRUPTED, NO_READER, USER_ERROR, exit_process
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.logging import setup
 from lemur_jax.common.paths import is_refused_by_store
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setup()
     if arguments is None:  # a process of its own: handlers of libraries at the root logger would print again
         logging.getLogger("lemur_jax").propagate = False
-    # It logs the traceback of every error that it raises.
+    # gcsfs logs the traceback of every error that it raises.
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     words = list(sys.argv[1:] if arguments is None else arguments)
     parser, verbs = _parser()
@@ -36,33 +36,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
         meant = did_you_mean(words[0], verbs)
         print(f"lemur: there is no verb {words[0]!r}{meant}; see lemur --help", file=sys.stderr)
         return USER_ERROR
-    known, rest = parser.parse_known_args(words)
+    args, rest = parser.parse_known_args(words)
     try:
-        known.command = shlex.join(["lemur", *words])
-        known.overrides = _overrides(rest, known.takes_config)
-        for name in _PATHS & vars(known).keys():  # a shell leaves `~` alone in `--workdir=~/run`
-            if path := getattr(known, name):
-                setattr(known, name, os.path.expanduser(path))
-        if not getattr(known, "workdir", "."):  # as of a shell variable that is not set
+        args.command = shlex.join(["lemur", *words])
+        args.overrides = _overrides(rest, args.takes_config)
+        for name in _PATHS & vars(args).keys():  # a shell leaves `~` alone in `--workdir=~/run`
+            if path := getattr(args, name):
+                setattr(args, name, os.path.expanduser(path))
+        if not getattr(args, "workdir", "."):  # as of a shell variable that is not set
             raise UserError("--workdir is empty: name a directory")
-        return known.run(known) or 0
+        return args.run(args) or 0
     except BrokenPipeError:
         # The reader of standard output disconnected (`lemur inspect ... | head`); shells report a SIGPIPE like this.
         sys.stderr.close()
-        return leave(NO_READER)
+        return exit_process(NO_READER)
     except Exception as error:
         line = _one_line(error)
         if line is None:
             if coordination.client() is None:
                 raise
             traceback.print_exc()
-            return leave(FAILED)
-        print(f"lemur {known.verb}: {' '.join(map(str.strip, line.splitlines()))}", file=sys.stderr)
-        return leave(USER_ERROR)
+            return exit_process(FAILED)
+        print(f"lemur {args.verb}: {' '.join(map(str.strip, line.splitlines()))}", file=sys.stderr)
+        return exit_process(USER_ERROR)
     except KeyboardInterrupt:
         text = "interrupted; the same command goes on from what is finished"
-        print(f"lemur {known.verb}: {text}", file=sys.stderr)
-        return leave(INTERRUPTED)
+        print(f"lemur {args.verb}: {text}", file=sys.stderr)
+        return exit_process(INTERRUPTED)
 
 
 # Options that are paths. A model may be ORG/NAME too.
@@ -82,7 +82,7 @@ def _one_line(error: Exception) -> str | None:
             " and at the credentials, and run the same command again"
         )
     # As text: where a disk or a quota is full, TensorStore raises a ValueError.
-    if any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT)):
+    if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
         return f"{reason_of(error)}; free some space, or name another place, and run the same command again"
     # What the file system says of a path; a file of ours that is not there is a fault of ours.
     if isinstance(error, OSError) and error.filename and error.errno not in (None, errno.ENOENT):
@@ -111,8 +111,8 @@ class _Parser(argparse.ArgumentParser):
 
     def add_argument(self, *names: str, **options: Any) -> argparse.Action:
         default, text = options.get("default"), options.get("help") or ""
-        switch = default is None or default is False or default in ("", [], argparse.SUPPRESS)
-        if not switch and "default" not in text:
+        is_unset = default is None or default is False or default in ("", [], argparse.SUPPRESS)
+        if not is_unset and "default" not in text:
             options["help"] = f"{text} (default: %(default)s)"
         return super().add_argument(*names, **options)
 

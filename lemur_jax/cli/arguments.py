@@ -14,16 +14,16 @@ Verbs = Any  # what `ArgumentParser.add_subparsers` returns; its class has no pu
 
 
 def add_verb(verbs: Verbs, run, summary: str, example: str) -> argparse.ArgumentParser:
-    """The verb that `run(args)` does, which may return an exit status; `_export_hf` does `export-hf`."""
-    sub = verbs.add_parser(
+    """Adds the verb that `run(args)` implements, which may return an exit status; `_export_hf` is `export-hf`."""
+    parser = verbs.add_parser(
         run.__name__.strip("_").replace("_", "-"),
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
         epilog=f"example:\n  {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    sub.set_defaults(run=run, takes_config=False)
-    return sub
+    parser.set_defaults(run=run, takes_config=False)
+    return parser
 
 
 def add_config(sub: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def add_checkpoint(sub: argparse.ArgumentParser, required: bool = True) -> None:
 
 
 def check_output_file(option: str, path: str) -> None:
-    """Refuses a directory, and a file that cannot be written where it is to be, before the work; UserError."""
+    """UserError, before the work starts: `path` is a directory, or a file that cannot be written."""
     if os.path.isdir(path):
         raise UserError(f"{option} {path} is a directory: name a file")
     if not path or "://" in path:
@@ -72,9 +72,9 @@ def check_texts(option: str, texts: Sequence[str]) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            shown = text.encode(errors="backslashreplace").decode()
+            escaped = text.encode(errors="backslashreplace").decode()
             raise UserError(
-                f"{option} {shown[:80]!r} is not UTF-8 from character {error.start} on: convert it, e.g. with iconv"
+                f"{option} {escaped[:80]!r} is not UTF-8 from character {error.start} on: convert it, e.g. with iconv"
             ) from error
 
 
@@ -83,7 +83,7 @@ def open_config(args: argparse.Namespace, more: Sequence[str] = (), *, cpu: bool
 
     Args:
       more: further overrides.
-      cpu: leave accelerators and other hosts alone, whatever is there.
+      cpu: use neither accelerators nor other hosts, even if there are some.
     """
     from lemur_jax.cluster import hosts
     from lemur_jax.config import load
@@ -103,7 +103,7 @@ def start_jax(args: argparse.Namespace, *seconds: int) -> None:
     hosts.join(*seconds)
 
 
-def one_host_alone(otherwise: str) -> None:
+def require_single_host(otherwise: str) -> None:
     """Refuses several hosts, with the reason `otherwise`."""
     import jax
 
@@ -113,7 +113,7 @@ def one_host_alone(otherwise: str) -> None:
 
 @contextlib.contextmanager
 def open_session(args: argparse.Namespace, check=lambda tokenizer: None):
-    """The checkpoint on the mesh that the arguments say; a host that fails or is lost inside ends the others.
+    """The checkpoint on the mesh of the arguments; a host that fails or is lost inside the context ends the others.
 
     Args:
       check: as in `infer.session.load`.

@@ -9,31 +9,31 @@ from lemur_jax.common.errors import UserError
 
 
 def add_verbs(verbs: Verbs) -> None:
-    sub = add_verb(
+    parser = add_verb(
         verbs,
         _prepare,
         "read a config's tasks once and write token stores",
         "lemur prepare --config configs/smollm2_lemur.py",
     )
-    add_config(sub)
-    what = "replace stores whose data, steps or tokenizer have changed; runs that read them cannot continue"
-    sub.add_argument("--replace", action="store_true", help=what)
-    what = "runner of Apache Beam, e.g. FnApiRunner (local); default: processes of this machine"
-    sub.add_argument("--runner", default="", help=what)
-    what = "of Beam's pipeline, e.g. --runner-options='--region=X --project=Y'"
-    sub.add_argument("--runner-options", type=shlex.split, default="", help=what)
+    add_config(parser)
+    text = "replace stores whose data, steps or tokenizer have changed; runs that read them cannot continue"
+    parser.add_argument("--replace", action="store_true", help=text)
+    text = "runner of Apache Beam, e.g. FnApiRunner (local); default: processes of this machine"
+    parser.add_argument("--runner", default="", help=text)
+    text = "options of Beam's pipeline, e.g. --runner-options='--region=X --project=Y'"
+    parser.add_argument("--runner-options", type=shlex.split, default="", help=text)
 
-    sub = add_verb(
+    parser = add_verb(
         verbs,
         _inspect,
         "show what is in a token store, or what a config would train on",
         "lemur inspect quickstart/stores/python_chat/train --tokenizer quickstart/tokenizer_chat",
     )
-    sub.set_defaults(takes_config=True)
-    sub.add_argument("target", help="a token store, or a config file (path.py or path.py:arg)")
-    sub.add_argument("--tokenizer", default="", help="directory of a store's tokenizer, to show its text")
-    sub.add_argument("--samples", type=int, default=2, help="documents, or rows of each source, to show")
-    sub.add_argument("--html", default="", metavar="FILE", help="write a page instead of printing")
+    parser.set_defaults(takes_config=True)
+    parser.add_argument("target", help="a token store, or a config file (path.py or path.py:arg)")
+    parser.add_argument("--tokenizer", default="", help="directory of a store's tokenizer, to show its text")
+    parser.add_argument("--samples", type=int, default=2, help="documents, or rows of each source, to show")
+    parser.add_argument("--html", default="", metavar="FILE", help="write a page instead of printing")
 
 
 def _prepare(args) -> None:
@@ -53,7 +53,7 @@ def _inspect(args) -> None:
     from lemur_jax.text.tokenizer import Tokenizer
 
     terminal = bool(sys.stdout and sys.stdout.isatty()) and not os.environ.get("NO_COLOR")
-    show = {"samples": args.samples, "color": bool(args.html) or terminal}
+    options = {"samples": args.samples, "color": bool(args.html) or terminal}
     is_config = args.target.partition(":")[0].endswith(".py")
     if is_config and args.tokenizer:
         raise UserError("--tokenizer is for a store, a config names its own: leave it out")
@@ -68,10 +68,10 @@ def _inspect(args) -> None:
         tokenizer = Tokenizer.from_config(config.tokenizer)
         mixture = open_mixture(config.data, tokenizer, seed=config.seed, batch_rows=config.train.batch_rows)
         check_counts(mixture, config.data, config.train.batch_documents)
-        text = inspect_mixture(mixture, tokenizer, config.train.steps, **show)
+        text = inspect_mixture(mixture, tokenizer, config.train.steps, **options)
     else:
         shown_with = Tokenizer.load(args.tokenizer) if args.tokenizer else None
-        text = inspect_store(args.target, tokenizer=shown_with, **show)
+        text = inspect_store(args.target, tokenizer=shown_with, **options)
     if args.html:
         from etils import epath
 

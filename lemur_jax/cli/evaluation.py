@@ -15,29 +15,29 @@ ENDPOINT_BATCH = 32  # episodes at a time of an endpoint, if --batch is not give
 
 
 def add_verbs(verbs: Verbs) -> None:
-    sub = add_verb(
+    parser = add_verb(
         verbs,
         _eval,
         "run benchmarks: HumanEval and MBPP in a sandbox, all others through lm-evaluation-harness",
         "lemur eval --checkpoint quickstart/smollm2/lemur --tasks humaneval --limit 8",
     )
-    add_checkpoint(sub, required=False)
-    sub.add_argument("--tasks", default="", help="names with commas: humaneval, mbpp, or the harness's")
-    sub.add_argument("--suite", default="", choices=("paper",), help="MMLU, BBH, GSM8K, HumanEval and MBPP")
-    what = "directory with mbpp.jsonl, mmlu/, bbh/, gsm8k/, or MINT's or InterCode's data/"
-    sub.add_argument("--data", default=".", help=what)
-    what = "of Spider, MultiPL-E, DS-1000, for the suite's table"
-    sub.add_argument("--scores", default="", metavar="NAME=PERCENT,...", help=what)
-    sub.add_argument("--include-path", default="", help="directory of task files (YAML) for the harness")
-    sub.add_argument("--limit", type=int, help="number of documents of each task")
-    sub.add_argument("--skip", type=int, default=0, help="episodes of each kind that are left out in front")
-    sub.add_argument("--chat", action="store_true", help="ask in the model's chat template")
-    sub.add_argument("--seed", type=int, default=0)
-    what = "of an answer or an agent's turn (default: what a task says, else 512)"
-    sub.add_argument("--max-new-tokens", type=int, help=what)
-    _add_agents(sub)
-    sub.add_argument("--json", default="", metavar="FILE", help="also write everything as JSON")
-    sub.add_argument("--html", default="", metavar="FILE", help="also write the episodes as a page")
+    add_checkpoint(parser, required=False)
+    parser.add_argument("--tasks", default="", help="comma-separated: humaneval, mbpp, or the harness's")
+    parser.add_argument("--suite", default="", choices=("paper",), help="MMLU, BBH, GSM8K, HumanEval, MBPP")
+    text = "directory with mbpp.jsonl, mmlu/, bbh/, gsm8k/, or MINT's or InterCode's data/"
+    parser.add_argument("--data", default=".", help=text)
+    text = "results of Spider, MultiPL-E, DS-1000, for the suite's table"
+    parser.add_argument("--scores", default="", metavar="NAME=PERCENT,...", help=text)
+    parser.add_argument("--include-path", default="", help="directory of task files (YAML) for the harness")
+    parser.add_argument("--limit", type=int, help="number of documents of each task")
+    parser.add_argument("--skip", type=int, default=0, help="skip this many episodes of each kind")
+    parser.add_argument("--chat", action="store_true", help="ask in the model's chat template")
+    parser.add_argument("--seed", type=int, default=0)
+    text = "tokens of an answer or an agent's turn (default: the task's, else 512)"
+    parser.add_argument("--max-new-tokens", type=int, help=text)
+    _add_agents(parser)
+    parser.add_argument("--json", default="", metavar="FILE", help="also write everything as JSON")
+    parser.add_argument("--html", default="", metavar="FILE", help="also write the episodes as a page")
     traces = add_verb(
         verbs,
         _export_traces,
@@ -50,21 +50,21 @@ def add_verbs(verbs: Verbs) -> None:
     traces.set_defaults(takes_config=True)
 
 
-def _add_agents(sub: argparse.ArgumentParser) -> None:
-    what = "python, sql, bash, tools, mint, mint-SET, intercode-sql, intercode-bash, or verifiers:TASKSET"
-    sub.add_argument("--agents", default="", help=what)
-    sub.add_argument("--replay", default="", help="recorded run of MINT or InterCode instead of a model")
-    what = "interpreter of the cells in MINT (default: this one); it needs IPython"
-    sub.add_argument("--cell-python", default=sys.executable, metavar="PYTHON", help=what)
-    what = "episodes at a time (default: of an endpoint 32, of a checkpoint --batch-tokens / 2,048, up to 16)"
-    sub.add_argument("--batch", type=int, help=what)
-    what = "of the cache that episodes of a checkpoint share, for each data-parallel way"
-    sub.add_argument("--batch-tokens", type=int, default=8192, help=what)
-    sub.add_argument("--turns", type=int, default=5, help="turns of an episode at most")
-    sub.add_argument("--endpoint", default="", help="OpenAI-compatible URL of the agent, not the checkpoint")
-    sub.add_argument("--endpoint-model", default="", help="the agent's name there")
-    sub.add_argument("--feedback-endpoint", default="", help="URL of a model that gives feedback in MINT")
-    sub.add_argument("--feedback-model", default="", help="its name there")
+def _add_agents(parser: argparse.ArgumentParser) -> None:
+    text = "python, sql, bash, tools, mint, mint-SET, intercode-sql, intercode-bash, or verifiers:TASKSET"
+    parser.add_argument("--agents", default="", help=text)
+    parser.add_argument("--replay", default="", help="recorded run of MINT or InterCode instead of a model")
+    text = "interpreter of the cells in MINT (default: this one); it needs IPython"
+    parser.add_argument("--cell-python", default=sys.executable, metavar="PYTHON", help=text)
+    text = "episodes at a time (default: of an endpoint 32, of a checkpoint --batch-tokens / 2,048, up to 16)"
+    parser.add_argument("--batch", type=int, help=text)
+    text = "tokens of the cache that a checkpoint's episodes share, per data-parallel replica"
+    parser.add_argument("--batch-tokens", type=int, default=8192, help=text)
+    parser.add_argument("--turns", type=int, default=5, help="maximum turns of an episode")
+    parser.add_argument("--endpoint", default="", help="OpenAI-compatible URL of an external agent")
+    parser.add_argument("--endpoint-model", default="", help="the agent's name there")
+    parser.add_argument("--feedback-endpoint", default="", help="URL of a model that gives feedback in MINT")
+    parser.add_argument("--feedback-model", default="", help="its name there")
 
 
 def _eval(args) -> None:
@@ -75,7 +75,7 @@ def _eval(args) -> None:
     from lemur_jax.evals.published import parse_scores
 
     # An exit, so that sandboxes and a database server are stopped and removed too.
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
     _check_options(args)
     check_output_file("--json", args.json)
     check_output_file("--html", args.html)
@@ -111,11 +111,11 @@ def _eval(args) -> None:
                 _agents(args, session, written)
         finally:
             # A task or an endpoint that fails, or Ctrl-C, does not lose finished work.
-            if args.json and written and _is_first():
+            if args.json and written and _is_primary():
                 written["run"] = _record(args, session)
                 epath.Path(args.json).write_text(json.dumps(written, indent=1))
-    # All is in the JSON file now. A journal left behind would answer for a checkpoint that has been trained further.
-    if args.agents and args.json and _is_first():
+    # All is in the JSON file now. A leftover journal would be reused for a checkpoint that has been trained further.
+    if args.agents and args.json and _is_primary():
         pathlib.Path(_journal_path(args)).unlink(missing_ok=True)
 
 
@@ -137,7 +137,7 @@ def _check_options(args) -> None:
             raise UserError(f"{name} has no effect without {other}: leave it out, or name {other}")
 
 
-def _is_first() -> bool:
+def _is_primary() -> bool:
     """Whether this host writes; without devices, which an endpoint or a replay does not touch."""
     return coordination.process()[0] == 0
 
@@ -162,7 +162,7 @@ def _benchmarks(args, session, tasks: list[str], scores: dict[str, float], writt
     try:
         results.extend(evaluate(session, tasks, _options(args), suite=args.suite, scores=scores))
     finally:
-        if results and _is_first():  # every host has found the same
+        if results and _is_primary():  # every host has found the same
             print(format_results(results, args.checkpoint))
             written |= to_json(results, args.checkpoint)
 
@@ -178,20 +178,20 @@ def _agents(args, session, written: dict) -> None:
 
     names = args.agents.split(",")
     limit = args.max_new_tokens or 512
-    own = None
+    local_agent = None
     if not (args.endpoint or args.replay):
-        own = episodes.SessionAgent(session, max_new_tokens=limit, batch_tokens=args.batch_tokens)
-    if not _is_first():  # the first host plays
-        return own.follow() if own else None
+        local_agent = episodes.SessionAgent(session, max_new_tokens=limit, batch_tokens=args.batch_tokens)
+    if not _is_primary():  # the first host plays
+        return local_agent.follow() if local_agent else None
     if args.replay:
-        recorded = pathlib.Path(args.replay)
+        replay_path = pathlib.Path(args.replay)
         # Of .../MODEL/F=None and .../MODEL/RUN.json the name is the model's.
-        in_folder = recorded.suffix or "=" in recorded.name
-        name = f"replay of {recorded.parent.name if in_folder else recorded.name}"
+        in_folder = replay_path.suffix or "=" in replay_path.name
+        name = f"replay of {replay_path.parent.name if in_folder else replay_path.name}"
         return _write_agents(args, name, _replay(args, names), written)
     path = pathlib.Path(_journal_path(args)) if args.json else None
     name = args.endpoint_model if args.endpoint else args.checkpoint
-    step = session.step if own else None  # the newest may be another one when it goes on
+    step = session.step if local_agent else None  # on resuming, the newest step may be another one
     run = {"agents": args.agents, "agent": name, "endpoint": args.endpoint, "step": step}
     run |= {"turns": args.turns, "max_new_tokens": limit, "dtype": args.dtype, "weights": args.weights}
     run["cell_python"] = args.cell_python
@@ -199,42 +199,42 @@ def _agents(args, session, written: dict) -> None:
         run["data"] = str(pathlib.Path(args.data).resolve())
     if args.feedback_endpoint:
         run["feedback"] = args.feedback_model
-    journal, found = runner.Journal(path, run), None
+    journal, traces = runner.Journal(path, run), None
     try:
-        found = _play(args, names, own, journal, limit)
-        if own:
-            own.end()  # not after an error: the watchdog of the others ends them with its reason
+        traces = _play(args, names, local_agent, journal, limit)
+        if local_agent:
+            local_agent.end()  # not after an error: the watchdog of the others ends them with its reason
     finally:
-        if found is None:  # an error: those that an earlier run has played are shown too
-            found = list(journal.traces.values())
-        if found:
-            _write_agents(args, name, found, written)
+        if traces is None:  # an error: those that an earlier run has played are shown too
+            traces = list(journal.traces.values())
+        if traces:
+            _write_agents(args, name, traces, written)
 
 
-def _play(args, names: list[str], own, journal, limit: int) -> list:
-    """The episodes of environments, or of a taskset, by the agent of a checkpoint `own` or an endpoint."""
+def _play(args, names: list[str], local_agent, journal, limit: int) -> list:
+    """The episodes of environments, or of a taskset, by the agent of a checkpoint, `local_agent`, or an endpoint."""
     from lemur_jax.agents import episodes, runner
 
     if args.agents.startswith("verifiers:"):
         from lemur_jax.agents.verifiers_adapter import run_taskset
 
-        if own:
+        if local_agent:
             raise UserError("a taskset of verifiers asks an --endpoint: start one with lemur serve")
         options = {"max_new_tokens": limit, "limit": args.limit, "batch": args.batch or ENDPOINT_BATCH}
         taskset = args.agents.removeprefix("verifiers:")
         return run_taskset(taskset, args.endpoint, args.endpoint_model, **options, journal=journal)
-    agent = own or episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=limit)
-    batch = args.batch or (own.default_batch if own else ENDPOINT_BATCH)
+    agent = local_agent or episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=limit)
+    batch = args.batch or (local_agent.default_batch if local_agent else ENDPOINT_BATCH)
     expert = None
     if args.feedback_endpoint:
         expert = episodes.endpoint_agent(
             args.feedback_endpoint, args.feedback_model, max_new_tokens=limit, stops=episodes.EXPERT_STOPS
         )
     with contextlib.ExitStack() as stack:
-        opened = episodes.open_environments(
+        environments = episodes.open_environments(
             names, args.limit, args.data, stack, expert, args.cell_python, args.skip
         )
-        return runner.run_episodes(opened, agent, max_turns=args.turns, batch=batch, journal=journal)
+        return runner.run_episodes(environments, agent, max_turns=args.turns, batch=batch, journal=journal)
 
 
 def _replay(args, names: list[str]) -> list:
@@ -244,7 +244,7 @@ def _replay(args, names: list[str]) -> list:
         runs = replay_run(names, args.data, args.replay, args.limit, stack, args.cell_python)
         for name, replayed in runs.items():
             print(format_replay(name, replayed))
-    return [one.trace for replayed in runs.values() for one in replayed]
+    return [episode.trace for replayed in runs.values() for episode in replayed]
 
 
 def _write_agents(args, name: str, traces: list, written: dict) -> None:
@@ -276,11 +276,11 @@ def _export_traces(args) -> None:
             traces = [from_json(trace) for trace in json.load(file)["agents"]["traces"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{args.traces} is not what lemur eval --agents --json writes ({error!r})") from error
-    found = conversations(traces)
+    solved = conversations(traces)
     pathlib.Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     with open(args.output, "w") as file:
-        file.writelines(json.dumps(conversation) + "\n" for conversation in found)
-    print(f"{args.output}: {len(found)} solved episodes of {len(traces)}")
+        file.writelines(json.dumps(conversation) + "\n" for conversation in solved)
+    print(f"{args.output}: {len(solved)} solved episodes of {len(traces)}")
     if args.config:
         from lemur_jax.config import load
         from lemur_jax.prepare.prepare import prepare

@@ -9,49 +9,56 @@ import os
 import sys
 from collections.abc import Sequence
 
-from lemur_jax.cli.arguments import Verbs, add_checkpoint, add_verb, check_texts, one_host_alone, open_session
+from lemur_jax.cli.arguments import (
+    Verbs,
+    add_checkpoint,
+    add_verb,
+    check_texts,
+    open_session,
+    require_single_host,
+)
 from lemur_jax.common.errors import UserError
 
 
 def add_verbs(verbs: Verbs) -> None:
-    sub = add_verb(
+    parser = add_verb(
         verbs,
         _generate,
         "continue prompts",
         'lemur generate --checkpoint quickstart/smollm2/lemur --prompt "def fibonacci(n):"',
     )
-    _add_inference(sub)
-    sub.add_argument("--prompt", action="append", required=True, help="may be given several times")
+    _add_inference(parser)
+    parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
     what = (
         "below each text a line for each new token, stop token included: log-probability in nats, id, token"
     )
-    sub.add_argument("--logprobs", action="store_true", help=what)
+    parser.add_argument("--logprobs", action="store_true", help=what)
 
-    sub = add_verb(verbs, _chat, "talk to a chat model", "lemur chat --checkpoint quickstart/smollm2/chat")
-    _add_inference(sub)
-    sub.add_argument("--prompt", action="append", help="ask this and stop; without it, a conversation starts")
-    sub.add_argument("--system", default="", help="system message")
+    parser = add_verb(verbs, _chat, "talk to a chat model", "lemur chat --checkpoint quickstart/smollm2/chat")
+    _add_inference(parser)
+    parser.add_argument("--prompt", action="append", help="ask this and stop; default: start a conversation")
+    parser.add_argument("--system", default="", help="system message")
 
-    sub = add_verb(
+    parser = add_verb(
         verbs,
         _smoke,
         "sharded inference smoke test: load, generate, compare, time",
         "lemur smoke --checkpoint quickstart/smollm2/chat --virtual-devices 6 --mesh fsdp=2,tensor=3",
     )
-    add_checkpoint(sub)
-    sub.add_argument("--hf", default="", help="exported directory: compare with transformers' greedy tokens")
-    sub.add_argument("--reference", metavar="FILE", help="compare with what --write-reference has written")
-    sub.add_argument("--write-reference", metavar="FILE", help="keep what is generated; FILE must be new")
+    add_checkpoint(parser)
+    parser.add_argument("--hf", default="", help="export directory: compare with transformers' greedy tokens")
+    parser.add_argument("--reference", metavar="FILE", help="compare with what --write-reference has written")
+    parser.add_argument("--write-reference", metavar="FILE", help="keep what is generated; FILE must be new")
 
-    sub = add_verb(
+    parser = add_verb(
         verbs,
         _serve,
         "answer OpenAI's client: a small endpoint for smoke tests",
         "lemur serve --checkpoint quickstart/smollm2/chat",
     )
-    add_checkpoint(sub)
-    sub.add_argument("--host", default="127.0.0.1", help="default: this machine alone can reach it")
-    sub.add_argument("--port", type=int, default=8000)
+    add_checkpoint(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="default: this machine alone can reach it")
+    parser.add_argument("--port", type=int, default=8000)
 
 
 def _generate(args) -> None:
@@ -85,13 +92,13 @@ def _generate(args) -> None:
 
 
 def prompt_seeds(prompts: Sequence[str]) -> list[int]:
-    """A seed for each prompt, from its text and how often it came before: the answer is the same in any company."""
-    before: collections.Counter[str] = collections.Counter()
+    """A seed for each prompt, from its text and how often it came before, so that other prompts change no answer."""
+    counts: collections.Counter[str] = collections.Counter()
     seeds = []
     for prompt in prompts:
-        text = f"{before[prompt]} {prompt}"
+        text = f"{counts[prompt]} {prompt}"
         seeds.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big"))
-        before[prompt] += 1
+        counts[prompt] += 1
     return seeds
 
 
@@ -100,7 +107,7 @@ def _chat(args) -> None:
 
     def check(tokenizer) -> None:
         if not args.prompt:
-            one_host_alone("a conversation cannot be typed into several hosts: give --prompt")
+            require_single_host("a conversation cannot be typed into several hosts: give --prompt")
         check_texts("--prompt", args.prompt or [])
         check_texts("--system", [args.system])
         chat_template(tokenizer)
@@ -110,8 +117,8 @@ def _chat(args) -> None:
         from lemur_jax.cluster import hosts
         from lemur_jax.infer.chat import HELP, converse
 
-        def typed():
-            sys.stdin.reconfigure(errors="replace")  # what is not UTF-8 ends no conversation
+        def read_input():
+            sys.stdin.reconfigure(errors="replace")  # invalid UTF-8 does not end the conversation
             print(HELP)
             while True:
                 try:
@@ -122,7 +129,7 @@ def _chat(args) -> None:
 
         converse(
             session,
-            args.prompt or typed(),
+            args.prompt or read_input(),
             lambda text: print(text, end="", flush=True) if hosts.is_primary() else None,
             system=args.system,
             max_new_tokens=args.max_new_tokens,
@@ -152,26 +159,26 @@ def _smoke(args) -> None:
         from lemur_jax.cluster import hosts
         from lemur_jax.infer.smoke import smoke, write_reference
 
-        found = smoke(session, args.hf, stored)
+        result = smoke(session, args.hf, stored)
         if args.write_reference is not None and hosts.is_primary():
-            write_reference(args.write_reference, found)
+            write_reference(args.write_reference, result)
             print(f"reference written to {args.write_reference}")
 
 
 def _serve(args) -> None:
-    listening = []
+    sockets = []
 
     def check(tokenizer) -> None:
         from lemur_jax.infer.serve import listen
 
-        one_host_alone("requests would come to one of several hosts: serve from one host")
-        listening.append(listen(args.host, args.port))
+        require_single_host("requests would come to one of several hosts: serve from one host")
+        sockets.append(listen(args.host, args.port))
 
     with open_session(args, check) as session:
         from lemur_jax.infer.serve import serve
 
         name = os.path.basename(os.path.normpath(args.checkpoint))
-        serve(session, name, listening[0], host=args.host)
+        serve(session, name, sockets[0], host=args.host)
 
 
 def _sampling(args):
@@ -182,12 +189,12 @@ def _sampling(args):
     return Sampling(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Sampling)})
 
 
-def _add_inference(sub: argparse.ArgumentParser) -> None:
-    add_checkpoint(sub)
-    sub.add_argument("--max-new-tokens", type=int, default=128)
-    sub.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
-    sub.add_argument("--top-k", type=int, default=0, help="most probable tokens to draw from; 0: all")
-    sub.add_argument("--top-p", type=float, default=1.0, help="probability to draw from")
-    sub.add_argument("--min-p", type=float, default=0.0, help="of the largest probability; less is not drawn")
-    sub.add_argument("--repetition-penalty", type=float, default=1.0, help="as of transformers; 1: off")
-    sub.add_argument("--seed", type=int, default=0, help="of the draws")
+def _add_inference(parser: argparse.ArgumentParser) -> None:
+    add_checkpoint(parser)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    parser.add_argument("--top-k", type=int, default=0, help="most probable tokens to draw from; 0: all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="probability mass to draw from")
+    parser.add_argument("--min-p", type=float, default=0.0, help="least probability, relative to the largest")
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, help="as in transformers; 1: off")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws")

@@ -22,97 +22,97 @@ def add_verbs(verbs: Verbs) -> None:
         add(verbs)
 
 
-def _add_run(sub: argparse.ArgumentParser, what: str, extend: str = "") -> None:
+def _add_run(parser: argparse.ArgumentParser, text: str, extend: str = "") -> None:
     """`--config`, `--workdir`, which is `what`, the devices, and `--extend`, if it means something."""
-    add_config(sub)
-    sub.add_argument("--workdir", required=True, help=what)
-    add_devices(sub)
+    add_config(parser)
+    parser.add_argument("--workdir", required=True, help=text)
+    add_devices(parser)
     if extend:
-        sub.add_argument("--extend", action="store_true", help=extend)
+        parser.add_argument("--extend", action="store_true", help=extend)
 
 
 def _add_train(verbs: Verbs) -> None:
-    sub = add_verb(
+    parser = add_verb(
         verbs,
         _train,
         "train or resume; pretraining and chat tuning alike",
         "lemur train --config configs/smollm2_lemur.py --workdir quickstart/smollm2/lemur",
     )
-    what = "continue the run with more steps, another learning rate, or other stages of the mixture"
-    _add_run(sub, "directory of the run, local or gs://", what)
-    what = "trace steps into WORKDIR/profile, for TensorBoard and Perfetto: 10:13 for steps 10, 11 and 12"
-    sub.add_argument("--profile", default="", metavar="FIRST:STOP", help=what)
+    text = "continue the run with more steps, another learning rate, or other stages of the mixture"
+    _add_run(parser, "directory of the run, local or gs://", text)
+    text = "trace steps into WORKDIR/profile, for TensorBoard and Perfetto: 10:13 for steps 10, 11 and 12"
+    parser.add_argument("--profile", default="", metavar="FIRST:STOP", help=text)
 
 
 def _add_rl(verbs: Verbs) -> None:
-    sub = add_verb(
+    parser = add_verb(
         verbs,
         _rl,
         "train a chat model by reinforcement in environments, or resume",
         "lemur rl --config configs/quickstart_rl.py --workdir quickstart/runs/rl",
     )
-    what = "continue the run with more steps or another learning rate"
-    _add_run(sub, "directory of the run, local or gs://", what)
+    text = "continue the run with more steps or another learning rate"
+    _add_run(parser, "directory of the run, local or gs://", text)
 
 
 def _add_sweep(verbs: Verbs) -> None:
-    sub = add_verb(
+    parser = add_verb(
         verbs,
         _sweep,
         "train one base on several mixtures, and show what each gives and costs",
         "lemur sweep --config configs/quickstart_lemur.py --workdir quickstart/sweep --ratios 1:0,10:1,1:1,0:1"
         " --config.train.steps=120",
     )
-    _add_run(sub, "directory of the sweep; its runs lie below it")
-    sub.add_argument("--ratios", default="", help="e.g. 1:0,10:1,1:1: shares of the tokens")
+    _add_run(parser, "directory of the sweep; its runs lie below it")
+    parser.add_argument("--ratios", default="", help="e.g. 1:0,10:1,1:1: shares of the tokens")
     what = "whose shares; python&java,text: a part may be several (default: the order of config.eval.tasks)"
-    sub.add_argument("--sources", default="", metavar="NAME,NAME", help=what)
-    sub.add_argument("--seeds", type=int, default=3, help="runs of each mixture")
+    parser.add_argument("--sources", default="", metavar="NAME,NAME", help=what)
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each mixture")
     what = "also another config key, e.g. optimizer.learning_rate=1e-3,3e-3; may be given several times"
-    sub.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE,VALUE", help=what)
+    parser.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE,VALUE", help=what)
     what = "afterwards, merge with the base: linear:0.5 each run, arithmetic:0.5 the sum of one-source runs"
-    sub.add_argument("--merge", default="", metavar="KIND:WEIGHT,...", help=what)
-    sub.add_argument("--print", action="store_true", help="only print a `lemur train` command for each run")
+    parser.add_argument("--merge", default="", metavar="KIND:WEIGHT,...", help=what)
+    parser.add_argument("--print", action="store_true", help="only print each run's `lemur train` command")
 
 
 def _add_doctor(verbs: Verbs) -> None:
-    sub = add_verb(
+    parser = add_verb(
         verbs,
         _doctor,
-        "look at everything that a run needs, on every host, before the run",
+        "check everything that a run needs, on every host, before it starts",
         "lemur doctor --config configs/smollm2_lemur.py --workdir quickstart/smollm2/lemur",
     )
-    what = "before `train --extend`: what that may change may differ"
-    _add_run(sub, "directory of the run; left as it is", what)
+    text = "before `train --extend`: accept what that may change"
+    _add_run(parser, "directory of the run; left as it is", text)
 
 
 def _add_checkpoints(verbs: Verbs) -> None:
-    sub = add_verb(
+    parser = add_verb(
         verbs,
         _checkpoints,
         "list the checkpoints of a run and verify every byte of them; exit status 1 if one is damaged",
         "lemur checkpoints quickstart/smollm2/lemur",
     )
-    sub.add_argument("workdir", help="workdir or checkpoint directory")
-    what = "instead: config keys in which two steps differ"
-    sub.add_argument("--diff", type=int, nargs=2, metavar="STEP", help=what)
+    parser.add_argument("workdir", help="workdir or checkpoint directory")
+    text = "instead: config keys in which two steps differ"
+    parser.add_argument("--diff", type=int, nargs=2, metavar="STEP", help=text)
 
 
 def _add_report(verbs: Verbs) -> None:
-    sub = add_verb(
+    parser = add_verb(
         verbs,
         _report,
         "draw runs as one HTML page: stages of a recipe, or runs to compare",
         "lemur report quickstart/smollm2/lemur quickstart/smollm2/chat",
     )
-    sub.add_argument("workdirs", nargs="+", help="workdirs in the order of their stages")
-    sub.add_argument("--output", default="report.html", help="file to write")
-    sub.add_argument("--overlay", action="store_true", help="open the page with all runs on one axis")
-    sub.add_argument("--table", action="store_true", help="also print the table of bits per byte")
-    what = "show how each newest checkpoint continues this"
-    sub.add_argument("--prompt", action="append", default=[], help=what)
-    what = "show how each answers this, in its chat template"
-    sub.add_argument("--question", action="append", default=[], help=what)
+    parser.add_argument("workdirs", nargs="+", help="workdirs in the order of their stages")
+    parser.add_argument("--output", default="report.html", help="file to write")
+    parser.add_argument("--overlay", action="store_true", help="open the page with all runs on one axis")
+    parser.add_argument("--table", action="store_true", help="also print the table of bits per byte")
+    text = "show how each newest checkpoint continues this"
+    parser.add_argument("--prompt", action="append", default=[], help=text)
+    text = "show how each answers this, in its chat template"
+    parser.add_argument("--question", action="append", default=[], help=text)
 
 
 def _train(args) -> int:
@@ -143,13 +143,13 @@ def _run(args, config, **options) -> int:
 
 
 def _status(stopped: bool) -> int:
-    """A run that saved and stopped because its machine goes away has not failed: launchers start it again."""
+    """The exit status; a run that saved and stopped for a preemption has not failed: launchers start it again."""
     from lemur_jax.cluster.exit import TRY_AGAIN
 
     return TRY_AGAIN if stopped and os.environ.get("LEMUR_RELAUNCH") == "1" else 0
 
 
-def _varied(text: str) -> tuple[str, list[str]]:
+def _parse_vary(text: str) -> tuple[str, list[str]]:
     """The key and the values of "key=value,value"; a comma in parentheses is part of a value."""
     key, _, rest = text.partition("=")
     values = [value.strip() for value in re.split(r",(?![^(]*\))", rest)]
@@ -161,8 +161,8 @@ def _varied(text: str) -> tuple[str, list[str]]:
 
 
 def _sweep(args) -> int:
-    varied = list(map(_varied, args.vary))
-    # With the first of the varied values: the config's own need not be possible.
+    varied = list(map(_parse_vary, args.vary))
+    # With the first of the varied values: the config's own need not be valid.
     config = open_config(args, [f"--config.{key}={values[0]}" for key, values in varied])
     ratios, merges = (
         [word.strip() for word in text.split(",") if word.strip()] for text in (args.ratios, args.merge)
@@ -180,11 +180,11 @@ def _sweep(args) -> int:
     from lemur_jax.sweep.results import markdown_table
     from lemur_jax.sweep.runner import sweep
 
-    found = sweep(configs, plan_merges(merges, runs), args.workdir, args.command)
-    if found:
-        plot = "pareto.svg, " if len(found.groups) > 1 else ""
-        print(f"{markdown_table(found)}\nwrote {args.workdir}/index.html, table.md, {plot}results.json")
-    return _status(stopped=not found)
+    results = sweep(configs, plan_merges(merges, runs), args.workdir, args.command)
+    if results:
+        plot = "pareto.svg, " if len(results.groups) > 1 else ""
+        print(f"{markdown_table(results)}\nwrote {args.workdir}/index.html, table.md, {plot}results.json")
+    return _status(stopped=not results)
 
 
 def _doctor(args) -> None:
@@ -201,11 +201,11 @@ def _checkpoints(args) -> int:
     start_jax(args)
     from lemur_jax.checkpoint.listing import checkpoint_table, config_difference
 
-    text, whole = (
+    text, intact = (
         (config_difference(args.workdir, *args.diff), True) if args.diff else checkpoint_table(args.workdir)
     )
     print(text)
-    return 0 if whole else 1
+    return 0 if intact else 1
 
 
 def _report(args) -> None:

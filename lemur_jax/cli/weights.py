@@ -8,42 +8,42 @@ from lemur_jax.common.errors import UserError
 
 
 def add_verbs(verbs: Verbs) -> None:
-    sub = add_verb(
+    parser = add_verb(
         verbs,
         _import_hf,
         "make a checkpoint of a Hugging Face directory or a GGUF file",
         "lemur import-hf quickstart/smollm2/base quickstart/smollm2/imported",
     )
-    sub.add_argument("hf_dir", help="directory with safetensors, GGUF file, or ORG/NAME[@REVISION]")
-    sub.add_argument("checkpoint", help="checkpoint directory to make")
-    _add_options(sub, dtype="float32")
+    parser.add_argument("hf_dir", help="directory with safetensors, GGUF file, or ORG/NAME[@REVISION]")
+    parser.add_argument("checkpoint", help="checkpoint directory to make")
+    _add_options(parser, dtype="float32")
 
-    sub = add_verb(
+    parser = add_verb(
         verbs,
         _export_hf,
         "make a Hugging Face directory of a checkpoint",
         "lemur export-hf quickstart/smollm2/chat quickstart/smollm2/hf --dtype float32",
     )
-    sub.add_argument("checkpoint", help="checkpoint directory or workdir")
-    sub.add_argument("hf_dir", help="directory to make")
-    sub.add_argument("--step", type=int, help="default: the newest")
-    sub.add_argument("--adapter", action="store_true", help="of LoRA, write a PEFT directory of it alone")
-    what = "read it again: every tensor as in the checkpoint, and transformers' logits on 512 tokens"
-    sub.add_argument("--verify", action="store_true", help=what)
-    _add_options(sub, dtype="bfloat16")
+    parser.add_argument("checkpoint", help="checkpoint directory or workdir")
+    parser.add_argument("hf_dir", help="directory to make")
+    parser.add_argument("--step", type=int, help="default: the newest")
+    parser.add_argument("--adapter", action="store_true", help="write the LoRA adapter alone, for PEFT")
+    text = "read it again: compare all tensors with the checkpoint, and transformers' logits on 512 tokens"
+    parser.add_argument("--verify", action="store_true", help=text)
+    _add_options(parser, dtype="bfloat16")
 
 
-def _add_options(sub: argparse.ArgumentParser, dtype: str) -> None:
-    sub.add_argument("--dtype", default=dtype, choices=("float32", "bfloat16", "float16"))
-    sub.add_argument("--overwrite", action="store_true", help="replace what is there")
-    group = sub.add_argument_group(
+def _add_options(parser: argparse.ArgumentParser, dtype: str) -> None:
+    parser.add_argument("--dtype", default=dtype, choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    group = parser.add_argument_group(
         "vocabulary", "rows and tokenizer files are changed together, in this order"
     )
-    what = "forget ids from ID on (default: none)"
-    group.add_argument("--drop-rows-above", type=int, default=0, metavar="ID", help=what)
+    text = "drop ids from ID on (default: none)"
+    group.add_argument("--drop-rows-above", type=int, default=0, metavar="ID", help=text)
     group.add_argument("--add-tokens", default="", metavar="A,B", help="control tokens for the next ids")
-    what = "rows afterwards; new ones are the others' mean"
-    group.add_argument("--vocab-size", type=int, default=0, metavar="V", help=what)
+    text = "rows after the changes; new ones are the mean of the others"
+    group.add_argument("--vocab-size", type=int, default=0, metavar="V", help=text)
 
 
 def _change(args):
@@ -78,7 +78,7 @@ def _export_hf(args) -> None:
 
     if args.adapter and (args.verify or args.add_tokens or args.drop_rows_above or args.vocab_size):
         raise UserError("--adapter writes the adapter alone: leave out --verify and the vocabulary options")
-    # Of several hosts the first one writes, the others wait for it.
+    # With several hosts, the first one writes and the others wait for it.
     with host_watchdog(LOST_SECONDS):
         if hosts.is_primary():
             with hosts.alone():
@@ -94,7 +94,7 @@ def _export_hf(args) -> None:
         coordination.barrier("export", math.inf)
 
 
-def _done(where: str, model, dtype: str) -> str:
+def _done(path: str, model, dtype: str) -> str:
     from lemur_jax.models.decoder import num_params
 
-    return f"{where}: {num_params(model) / 1e6:,.1f}M parameters in {dtype}, vocabulary {model.vocab_size:,}"
+    return f"{path}: {num_params(model) / 1e6:,.1f}M parameters in {dtype}, vocabulary {model.vocab_size:,}"

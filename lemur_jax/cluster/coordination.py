@@ -15,8 +15,8 @@ from lemur_jax.common.errors import UserError
 _HEARTBEATS = "lemur/heartbeat/"
 
 _exchanges, _texts = itertools.count(), itertools.count()
-# The service stops all hosts at the number after the highest that any host has asked with, once in the life of a
-# process, and compares for equality. So the hosts count their calls, over all runs of a process.
+# The service stops all hosts at the step after the highest that any host has polled with, once in the life of a
+# process, and compares for equality. So the hosts count their polls, over all runs of a process.
 _sync_points = itertools.count(1)
 
 
@@ -51,12 +51,12 @@ def exchange(name: str, value: str, seconds: float) -> list[str]:
     if service is None:
         return [value]
     me, count = process()
-    place = f"lemur/exchange/{next(_exchanges)}-{name}/"
-    service.key_value_set(f"{place}{me}", value)
+    prefix = f"lemur/exchange/{next(_exchanges)}-{name}/"
+    service.key_value_set(f"{prefix}{me}", value)
     deadline = time.monotonic() + seconds
     while True:
         # Polling, as the service's own barrier fails permanently once a host is late.
-        values = {int(key.removeprefix(place)): found for key, found in service.key_value_dir_get(place)}
+        values = {int(key.removeprefix(prefix)): text for key, text in service.key_value_dir_get(prefix)}
         if len(values) == count:
             return [values[host] for host in range(count)]
         if time.monotonic() > deadline:
@@ -70,21 +70,21 @@ def from_primary(text: str) -> str:
     service = client()
     if service is None:
         return text
-    number = next(_texts)
-    place = f"lemur/text/{number}/"
+    index = next(_texts)
+    prefix = f"lemur/text/{index}/"
     if process()[0] == 0:
-        service.key_value_set(f"{place}0", text)
-    while not (found := service.key_value_dir_get(place)):
+        service.key_value_set(f"{prefix}0", text)
+    while not (entries := service.key_value_dir_get(prefix)):
         time.sleep(0.05)
-    # All have read the one before the last, if they work together between two of them.
-    service.key_value_delete(f"lemur/text/{number - 2}/")
-    return found[0][1]
+    # All hosts have read the text before the last, if they synchronize between two calls.
+    service.key_value_delete(f"lemur/text/{index - 2}/")
+    return entries[0][1]
 
 
 def host_name(host: int, service: Any) -> str:
     """`host 3 (its name)`, where the host has sent a heartbeat."""
-    found = read_heartbeats(service).get(host, "").split(" ")
-    return f"host {host} ({found[1]})" if len(found) > 2 and found[0].isdigit() else f"host {host}"
+    fields = read_heartbeats(service).get(host, "").split(" ")
+    return f"host {host} ({fields[1]})" if len(fields) > 2 and fields[0].isdigit() else f"host {host}"
 
 
 def send_heartbeat(host: int, text: str, service: Any) -> None:
@@ -106,12 +106,12 @@ def publish(name: str, value: float) -> None:
 
 def published(name: str) -> dict[int, float]:
     """The last number that each host has published, by its index; empty on one host."""
-    place = f"lemur/value/{name}/"
+    prefix = f"lemur/value/{name}/"
     if (service := client()) is None:
         return {}
     with contextlib.suppress(RuntimeError):
-        found = service.key_value_dir_get(place)
-        return {int(key.removeprefix(place)): float(value) for key, value in sorted(found)}
+        entries = service.key_value_dir_get(prefix)
+        return {int(key.removeprefix(prefix)): float(value) for key, value in sorted(entries)}
     return {}
 
 

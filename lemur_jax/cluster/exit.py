@@ -31,8 +31,8 @@ def end_process(status: int, message: str = "", linger_seconds: float = 0.0) -> 
     os._exit(status)
 
 
-def leave(status: int) -> int:
-    """Ends a process of several at once; returns `status` where there is only one, which may end as usual.
+def exit_process(status: int) -> int:
+    """Ends this process at once if it is one of several; else returns `status`, and it may end as usual.
 
     The shutdown of `jax.distributed` would wait for hosts that may be in a collective with this one, and then abort
     with a status of its own.

@@ -15,7 +15,7 @@ from lemur_jax.common.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-AGREE_SECONDS = 600.0  # in which the slowest host must have opened what is compared
+AGREE_SECONDS = 600.0  # limit for the slowest host to open what is compared
 _alone = contextvars.ContextVar("alone", default=False)
 
 # For many virtual devices, or several processes, on few cores. XLA:CPU starts independent operations at once, and each
@@ -39,7 +39,7 @@ def choose_platform(virtual_devices: int = 0) -> None:
         raise UserError(
             f"--virtual-devices is {virtual_devices}: it must be 1 or above, or 0 for the hardware"
         )
-    if virtual_devices or ("JAX_PLATFORMS" not in os.environ and not _accelerator_present()):
+    if virtual_devices or ("JAX_PLATFORMS" not in os.environ and not _has_accelerator()):
         os.environ["JAX_PLATFORMS"] = "cpu"
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         flags = dict(flag.partition("=")[::2] for flag in os.environ.get("XLA_FLAGS", "").split())
@@ -56,7 +56,7 @@ def choose_platform(virtual_devices: int = 0) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _accelerator_present() -> bool:
+def _has_accelerator() -> bool:
     """Whether the device files of a TPU (accel*, vfio) or of an NVIDIA GPU are here."""
     return any(glob.glob(pattern) for pattern in ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*"))
 
@@ -85,12 +85,12 @@ def join(connect_seconds: int = 300, lost_seconds: int = 100) -> None:
         arguments["coordinator_address"] = address
         arguments["num_processes"] = _number("JAX_NUM_PROCESSES")
         arguments["process_id"] = _number("JAX_PROCESS_ID")
-    elif not _many_workers():
+    elif not _is_multi_process():
         return
     hint = "is the same command running on every host, with the same coordinator address?"
-    late = f"the hosts of this run did not all come together within {connect_seconds} s: {hint}"
+    timeout_message = f"the hosts of this run did not all come together within {connect_seconds} s: {hint}"
     # JAX itself would abort with a page of stack trace, after its own time limit.
-    timer = threading.Timer(connect_seconds, end_process, (TRY_AGAIN, late))
+    timer = threading.Timer(connect_seconds, end_process, (TRY_AGAIN, timeout_message))
     timer.daemon = True
     timer.start()
     try:
@@ -114,7 +114,7 @@ def _number(variable: str) -> int:
     return int(value)
 
 
-def _many_workers() -> bool:
+def _is_multi_process() -> bool:
     """Whether this is one of several tasks of a Slurm step, or one worker of several of a TPU slice."""
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         return False
@@ -173,7 +173,7 @@ def inform(text: str) -> None:
 
 @contextlib.contextmanager
 def alone() -> Iterator[None]:
-    """A context in which this process works without the others: `any_host` asks none, `agree` and `join` do nothing."""
+    """A context in which this process works alone: `any_host` returns its own flag, `agree` and `join` do nothing."""
     token = _alone.set(True)
     try:
         yield
@@ -182,7 +182,7 @@ def alone() -> Iterator[None]:
 
 
 def agree(name: str, value: Callable[[], str]) -> None:
-    """UserError, which names the host, where one makes another value; all must call it, except inside `alone`."""
+    """UserError, which names the host, if one has another value; all must call it, except inside `alone`."""
     if _alone.get() or (service := coordination.client()) is None:
         return
     values = coordination.exchange(name, value(), AGREE_SECONDS)

@@ -29,7 +29,7 @@ LEASE_FILE = "running.lease"
 WAIT_SECONDS = 300.0
 RENEW_SECONDS = 10.0  # between two writes of the lease
 EXPIRE_SECONDS = 60.0  # a lease that has not changed for this long is free; a store may be out of reach
-SETTLE_SECONDS = 1.0  # in which another run that found the place free may have written too; the last one wins
+SETTLE_SECONDS = 1.0  # in which another run that also found no lease may write; the last one wins
 RELEASE_SECONDS = 30.0  # for the last write of the lease; the store may not answer
 
 
@@ -77,38 +77,38 @@ def _refusal(other: str, workdir: epath.Path, seconds: float) -> UserError:
 def lease(directory: epath.Path, seconds: float, verb: str = "lemur train") -> Iterator[None]:
     """A context in which no other lease of the directory is held, on any machine.
 
-    Where another run has taken over, as can happen while this process sleeps for longer than `EXPIRE_SECONDS`, this
+    If another run takes over, as can happen while this process is suspended for longer than `EXPIRE_SECONDS`, this
     process ends. Raises UserError: another run that is alive did not end in `seconds`.
     """
-    file, mine = directory / LEASE_FILE, uuid.uuid4().hex
-    _take(file, mine, seconds, verb)
-    over = threading.Event()
-    thread = threading.Thread(target=_renew, args=(file, mine, over), daemon=True)
+    file, run_id = directory / LEASE_FILE, uuid.uuid4().hex
+    _take(file, run_id, seconds, verb)
+    stopped = threading.Event()
+    thread = threading.Thread(target=_renew, args=(file, run_id, stopped), daemon=True)
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        stopped.set()
         thread.join(RELEASE_SECONDS)
         with contextlib.suppress(Exception):  # otherwise the next run waits until the lease expires
-            if mine in (_read(file) or ""):
+            if run_id in (_read(file) or ""):
                 file.unlink()
 
 
-def _take(file: epath.Path, mine: str, seconds: float, verb: str) -> None:
+def _take(file: epath.Path, run_id: str, seconds: float, verb: str) -> None:
     began = since = time.monotonic()
-    logged, seen = False, None
+    logged, last_text = False, None
     while True:
-        found, now = _read(file), time.monotonic()
-        if found != seen:
-            seen, since = found, now
-        if found is None or now - since > EXPIRE_SECONDS:
-            _write(file, mine, 0)
+        text, now = _read(file), time.monotonic()
+        if text != last_text:
+            last_text, since = text, now
+        if text is None or now - since > EXPIRE_SECONDS:
+            _write(file, run_id, 0)
             time.sleep(SETTLE_SECONDS)
-            if mine in (_read(file) or ""):
+            if run_id in (_read(file) or ""):
                 return
             continue
-        other = f"another `{verb}` ({_holder(found)})"
+        other = f"another `{verb}` ({_holder(text)})"
         if now - began > seconds:
             raise _refusal(other, file.parent, seconds)
         if not logged:
@@ -120,19 +120,19 @@ def _take(file: epath.Path, mine: str, seconds: float, verb: str) -> None:
         time.sleep(min(1.0, EXPIRE_SECONDS / 10))
 
 
-def _renew(file: epath.Path, mine: str, over: threading.Event) -> None:
-    for number in itertools.count(1):
-        if over.wait(RENEW_SECONDS):
+def _renew(file: epath.Path, run_id: str, stopped: threading.Event) -> None:
+    for beat in itertools.count(1):
+        if stopped.wait(RENEW_SECONDS):
             return
         with contextlib.suppress(Exception):  # a store out of reach: saves report it
-            found = _read(file)
-            if found is not None and mine not in found:
+            text = _read(file)
+            if text is not None and run_id not in text:
                 end_process(
                     USER_ERROR,
-                    f"{file.parent} has been taken over by another run ({_holder(found)}), as this one gave no sign of"
+                    f"{file.parent} has been taken over by another run ({_holder(text)}), as this one gave no sign of"
                     " life for a while; this one ends, and saves nothing more",
                 )
-            _write(file, mine, number)
+            _write(file, run_id, beat)
 
 
 def _read(file: epath.Path) -> str | None:
@@ -142,9 +142,9 @@ def _read(file: epath.Path) -> str | None:
         return None
 
 
-def _write(file: epath.Path, mine: str, number: int) -> None:
+def _write(file: epath.Path, run_id: str, beat: int) -> None:
     # Always of the same length: stores that cache sizes may keep the old one for a while.
-    file.write_text(f"{socket.gethostname()}, process {os.getpid()}, run {mine}, beat {number:010d}")
+    file.write_text(f"{socket.gethostname()}, process {os.getpid()}, run {run_id}, beat {beat:010d}")
 
 
 def _holder(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Google Cloud's notices that it takes a machine: keys of the metadata server, which change before any signal is sent.
+"""Google Cloud's notices that a machine is reclaimed: keys of the metadata server, changed before any signal is sent.
 
 In a container, or behind a shell that does not forward signals, no signal may ever arrive.
 """
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _HOST, _DEFAULT_HOST = "GCE_METADATA_HOST", "metadata.google.internal"
 _PRODUCT = pathlib.Path("/sys/class/dmi/id/product_name")
 # https://cloud.google.com/compute/docs/instances/create-use-spot and …/metadata/getting-live-migration-notice
-_TAKEN = {"preempted": "TRUE", "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
+_RECLAIM_VALUES = {"preempted": "TRUE", "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
 _WAIT_SECONDS = 60  # the server answers when the value changes, or after this time
 _RETRY_SECONDS = 5.0
 
@@ -34,7 +34,7 @@ class Notices:
 
     def __enter__(self) -> "Notices":
         if self.host:
-            for key in _TAKEN:
+            for key in _RECLAIM_VALUES:
                 threading.Thread(target=self._watch, args=(key,), daemon=True, name=f"notice {key}").start()
         return self
 
@@ -45,7 +45,7 @@ class Notices:
     def _watch(self, key: str) -> None:
         value, tag = None, "0"  # no value has this tag: the first answer is immediate
         while not self._closed.is_set():
-            before = value
+            previous = value
             try:
                 value, tag = self._ask(key, tag)
             except (OSError, HTTPException, UnicodeDecodeError) as error:
@@ -54,13 +54,13 @@ class Notices:
                     return
                 self._closed.wait(_RETRY_SECONDS)
                 continue
-            if value != before and value == _TAKEN[key]:
-                self._report(f"instance/{key}: {value}", stood=before is None)
+            if value != previous and value == _RECLAIM_VALUES[key]:
+                self._report(f"instance/{key}: {value}", at_start=previous is None)
             if tag == "0":  # a server without tags does not wait either
                 self._closed.wait(_RETRY_SECONDS)
 
     def _ask(self, key: str, tag: str) -> tuple[str, str]:
-        """The value and its tag, once that is another one, or after `_WAIT_SECONDS`."""
+        """The value and its tag, once the tag differs from `tag`, or after `_WAIT_SECONDS`."""
         query = f"wait_for_change=true&last_etag={tag}&timeout_sec={_WAIT_SECONDS}"
         url = f"http://{self.host}/computeMetadata/v1/instance/{key}?{query}"
         request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
@@ -69,11 +69,11 @@ class Notices:
         with opener.open(request, timeout=_WAIT_SECONDS + 30) as answer:
             return answer.read(100).decode().strip(), answer.headers.get("ETag", "0")
 
-    def _report(self, notice: str, stood: bool) -> None:
+    def _report(self, notice: str, at_start: bool) -> None:
         with self._lock:  # after the context a signal would kill the process
             if self._closed.is_set():
                 return
-            if stood:  # the run is not stopped at every start until the machine is gone
+            if at_start:  # a SIGTERM would stop every start until the machine is gone
                 logger.warning("this machine will be taken away soon (%s)", notice)
                 return
             logger.warning("this machine is taken away (%s)", notice)

@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM, as clouds send it before they take a machine, notices of the cloud, and Ctrl-C."""
+"""Requests to stop: SIGTERM, as clouds send it before they reclaim a machine, notices of the cloud, and Ctrl-C."""
 
 import contextlib
 import os
@@ -19,7 +19,7 @@ class Interruption:
 
     With several processes JAX's own preemption service takes SIGTERM on whichever host it arrives, and all hosts
     agree on the moment; the first Ctrl-C on any host is passed to it. A second Ctrl-C raises KeyboardInterrupt.
-    Signals are taken in the main thread only; in another thread the caller's own handling stays.
+    Signals are handled in the main thread only; in another thread the caller's own handlers stay.
 
     `grace_s` seconds after SIGTERM (with several processes: after the agreed moment) the process is ended, saved or
     not; a half-written checkpoint is never seen by a reader. 0: no limit.
@@ -36,8 +36,8 @@ class Interruption:
         alone, main = jax.process_count() == 1, threading.current_thread() is threading.main_thread()
         if main:
             # None: a handler that was not installed from Python, and cannot be put back.
-            if (old := signal.getsignal(signal.SIGINT)) not in (None, signal.SIG_IGN):
-                self._undo.callback(signal.signal, signal.SIGINT, old)
+            if (previous := signal.getsignal(signal.SIGINT)) not in (None, signal.SIG_IGN):
+                self._undo.callback(signal.signal, signal.SIGINT, previous)
                 signal.signal(signal.SIGINT, self._on_sigint)
             if alone:
                 self._take_sigterm()
@@ -51,10 +51,10 @@ class Interruption:
         reader, writer = socket.socketpair()
         writer.setblocking(False)
         old_fd = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        old = signal.signal(signal.SIGTERM, lambda *_: self.request("SIGTERM"))
+        previous = signal.signal(signal.SIGTERM, lambda *_: self.request("SIGTERM"))
         self._undo.callback(writer.close)
         self._undo.callback(signal.set_wakeup_fd, old_fd)
-        self._undo.callback(signal.signal, signal.SIGTERM, old)
+        self._undo.callback(signal.signal, signal.SIGTERM, previous)
         threading.Thread(target=self._listen, args=(reader,), daemon=True).start()
 
     def _listen(self, reader: socket.socket) -> None:
@@ -69,18 +69,18 @@ class Interruption:
             self._timer.cancel()
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         """Whether a request has come, as far as this host knows."""
         return bool(self.cause)
 
-    def reached(self) -> bool:
+    def should_stop(self) -> bool:
         """Whether to stop now and save; all hosts must call equally often and get the same answers.
 
         Call it after every step, and inside anything that takes longer.
         """
         if jax.process_count() > 1 and coordination.reached_preemption():
             self.request("SIGTERM")
-        return self.asked
+        return self.requested
 
     def _on_sigint(self, *_: Any) -> None:
         self._interrupts += 1
@@ -95,7 +95,7 @@ class Interruption:
 
     def request(self, cause: str) -> None:
         """Asks to stop, as a signal does; the first cause counts, and "SIGTERM" starts the grace period."""
-        if self.asked:
+        if self.requested:
             return
         self.cause = cause
         if self._grace_s and cause == "SIGTERM":

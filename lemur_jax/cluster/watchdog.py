@@ -66,8 +66,8 @@ class Watch:
                 continue
             if heartbeat.startswith(_FAILED):
                 return _send_verdict(f"host {host} {heartbeat}", self._service)
-            before, since = self._seen.get(host, (None, 0.0))
-            if heartbeat != before:
+            previous, since = self._seen.get(host, (None, 0.0))
+            if heartbeat != previous:
                 self._seen[host] = (heartbeat, self._clock())
             elif self._clock() - since >= self._lost_seconds:
                 name = coordination.host_name(host, self._service)
@@ -77,7 +77,7 @@ class Watch:
         return None
 
     def leave(self, error: BaseException | None = None) -> None:
-        """Tells the others that this host's silence is in order, or why it fails."""
+        """Tells the other hosts that this one has ended normally, or why it failed."""
         text = _LEFT
         if error is not None:
             name = (UserError if isinstance(error, UserError) else type(error)).__name__
@@ -87,7 +87,7 @@ class Watch:
 
 
 def _send_verdict(verdict: str, service: Any) -> str:
-    """All hosts end with the first verdict, also those that would have seen it later."""
+    """Publishes a verdict: all hosts end with it, also those that would have noticed later."""
     with contextlib.suppress(RuntimeError):
         service.key_value_set(f"{_VERDICTS}first", verdict, allow_overwrite=True)
     return verdict
@@ -131,7 +131,7 @@ def host_watchdog(lost_seconds: float) -> Iterator[None]:
         thread.join()
         watch.leave(error)
         if error is not None and me == 0:
-            time.sleep(2 * pause)  # host 0 carries the service: the others read the reason here
+            time.sleep(2 * pause)  # host 0 runs the service: the others read the reason meanwhile
 
 
 def end_all_hosts(reason: str) -> NoReturn:
@@ -146,7 +146,7 @@ def end_all_hosts(reason: str) -> NoReturn:
 
 
 def _end(verdict: str, linger_seconds: float) -> NoReturn:
-    # Host 0 carries the service and waits until the others have read the verdict.
+    # Host 0 runs the service and waits until the others have read the verdict.
     end_process(
         USER_ERROR if _REFUSED in verdict else TRY_AGAIN,
         f"{verdict}; this host stops too. Run the same command on all hosts again: a run resumes from its newest"

@@ -20,10 +20,10 @@ _OTHERS = ("*/*", "consolidated*")  # Mistral's own layout, beside the same weig
 
 def hub_name(path: epath.PathLike) -> tuple[str, str | None] | None:
     """(ORG/NAME, revision) of a name on the hub; None if its first component is a file or directory here."""
-    found = _NAME.fullmatch(os.fspath(path))
-    if not found or os.path.exists(os.fspath(path).partition("/")[0]):
+    match = _NAME.fullmatch(os.fspath(path))
+    if not match or os.path.exists(os.fspath(path).partition("/")[0]):
         return None
-    return found[1], found[2]
+    return match[1], match[2]
 
 
 def local_model(path: epath.PathLike, *, download: bool = True) -> epath.PathLike:
@@ -34,14 +34,14 @@ def local_model(path: epath.PathLike, *, download: bool = True) -> epath.PathLik
 
     Raises UserError: no such model, it is gated, or the cache lacks it and the hub cannot be reached or asked.
     """
-    if not (named := hub_name(path)):
+    if not (parsed := hub_name(path)):
         return path
     from huggingface_hub import snapshot_download
 
-    name, revision = named
-    wanted = dict(allow_patterns=_FILES, ignore_patterns=_OTHERS, local_files_only=not download)
+    name, revision = parsed
+    options = dict(allow_patterns=_FILES, ignore_patterns=_OTHERS, local_files_only=not download)
     with _one_line(name, revision or "", "model", f"there is no directory {path} here, and "):
-        return snapshot_download(name, revision=revision, **wanted)
+        return snapshot_download(name, revision=revision, **options)
 
 
 def dataset_files(pattern: str) -> list[str]:
@@ -51,12 +51,12 @@ def dataset_files(pattern: str) -> list[str]:
     """
     name, revision, glob = _dataset_parts(pattern)
     commit, files = _list_dataset(name, revision)
-    wanted = pathlib.PurePosixPath(glob)
-    inside = wanted / "*"  # of a directory
+    path = pathlib.PurePosixPath(glob)
+    inside = path / "*"  # of a directory
     matching = (
         file
         for file in map(pathlib.PurePosixPath, files)
-        if any(len(file.parts) == len(each.parts) and file.match(str(each)) for each in (wanted, inside))
+        if any(len(file.parts) == len(each.parts) and file.match(str(each)) for each in (path, inside))
     )
     return [f"{DATASETS}{name}@{commit}/{file}" for file in sorted(matching)]
 
@@ -74,10 +74,10 @@ def local_file(path: str) -> str:
 
 def _dataset_parts(path: str) -> tuple[str, str, str]:
     """(ORG/NAME, revision or "", the rest)."""
-    found = _DATASET_FILE.fullmatch(path)
-    if not found:
+    match = _DATASET_FILE.fullmatch(path)
+    if not match:
         raise UserError(f"cannot read {path}: files of the hub are hf://datasets/ORG/NAME[@REVISION]/FILE")
-    return found[1], found[2] or "", found[3]
+    return match[1], match[2] or "", match[3]
 
 
 @functools.cache  # one commit for all shards and splits that this process reads
@@ -85,13 +85,13 @@ def _list_dataset(name: str, revision: str) -> tuple[str, Sequence[str]]:
     from huggingface_hub import HfApi
 
     with _one_line(name, revision, "data set"):
-        found = HfApi().dataset_info(name, revision=revision or None)
-        return found.sha or "main", [file.rfilename for file in found.siblings or ()]
+        info = HfApi().dataset_info(name, revision=revision or None)
+        return info.sha or "main", [file.rfilename for file in info.siblings or ()]
 
 
 @contextlib.contextmanager
-def _one_line(name: str, revision: str, kind: str, before: str = "") -> Iterator[None]:
-    """What goes wrong on the hub as a UserError."""
+def _one_line(name: str, revision: str, kind: str, prefix: str = "") -> Iterator[None]:
+    """Turns errors of the hub into a UserError of one line."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
@@ -100,10 +100,10 @@ def _one_line(name: str, revision: str, kind: str, before: str = "") -> Iterator
         raise UserError(f"{name} is gated: accept its terms on the hub, then run `hf auth login`") from error
     except RepositoryNotFoundError as error:
         raise UserError(
-            f"{before}there is no {kind} {name} on the hub (private ones need `hf auth login`)"
+            f"{prefix}there is no {kind} {name} on the hub (private ones need `hf auth login`)"
         ) from error
     except RevisionNotFoundError as error:
         raise UserError(f"{name} has no revision {revision} on the hub") from error
     except Exception as error:  # of the HTTP client, which differs between versions
         reason = " ".join(reason_of(error, 200).split())
-        raise UserError(f"{before}{name} cannot be had from the hub: {reason}") from error
+        raise UserError(f"{prefix}{name} cannot be had from the hub: {reason}") from error

@@ -1,4 +1,4 @@
-"""JSON files that appear whole, and digests of JSON values."""
+"""JSON files that are written atomically, and digests of JSON values."""
 
 import hashlib
 import json
@@ -18,12 +18,12 @@ def digest_of(value: Any) -> str:
 
 def write_json(file: epath.Path, value: Any) -> None:
     """Writes a file that readers see whole or not at all; several processes may write it at once."""
-    unfinished = file.parent / f".{uuid.uuid4().hex}"
+    temporary = file.parent / f".{uuid.uuid4().hex}"
     try:
-        unfinished.write_text(json.dumps(value, indent=2) + "\n")
-        unfinished.replace(file)
+        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.replace(file)
     except OSError:  # a full disk
-        unfinished.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 

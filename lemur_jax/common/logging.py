@@ -47,7 +47,7 @@ def _write(line: str, stream: TextIO | None) -> None:
 
 
 def setup() -> None:
-    """Makes the package's loggers print to the terminal; what its encoding lacks is escaped, as on standard error."""
+    """Makes the package's loggers print to the terminal; characters that its encoding lacks are escaped."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     logger = logging.getLogger("lemur_jax")

@@ -32,7 +32,7 @@ def is_refused_by_store(error: BaseException) -> bool:
 
 
 def absolute(path: epath.PathLike) -> epath.Path:
-    """The same place from any working directory; epath's own `resolve` makes a local path of gs://."""
+    """The absolute path; epath's own `resolve` turns gs:// into a local path."""
     path = epath.Path(path)
     return path if is_object_store(path) else path.resolve()
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 _LINE_SECONDS = 10.0
-# tqdm cuts off at the right what does not fit into a narrow terminal: what matters most comes first.
+# tqdm truncates the line at the right in a narrow terminal: the most important fields come first.
 _BAR = "{desc} {percentage:3.0f}%|{bar}| {remaining} left{postfix}, {n:,}/{total:,} {unit}"
 _LINE = "{desc}: {n:,}/{total:,} {unit} ({percentage:.0f}%), {elapsed} so far, {remaining} left{postfix}"
 _UNKNOWN_TOTAL = "{desc}: {n:,}{unit}, {rate_noinv_fmt}{postfix}"
@@ -67,14 +67,14 @@ class _LogLines:
 
 def duration(seconds: float) -> str:
     """Seconds in two units: `8 s`, `4 min 05 s`, `3 h 07 min`, `12 d 03 h`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    if whole < 86_400:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 86_400} d {whole % 86_400 // 3600:02d} h"
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60:02d} s"
+    if rounded < 86_400:
+        return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
+    return f"{rounded // 86_400} d {rounded % 86_400 // 3600:02d} h"
 
 
 def _is_terminal(stream: TextIO | None) -> bool:

@@ -40,12 +40,12 @@ def to_plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {key: to_plain(each) for key, each in value.items()}
+        return {key: to_plain(item) for key, item in value.items()}
     return value
 
 
 def from_plain(cls: type[T], values: Any, key: str = "") -> T:
-    """A section of nested mappings, e.g. of JSON; keys that are missing have their defaults.
+    """A section from nested mappings, e.g. JSON; missing keys have their defaults.
 
     `key` is the section's dotted key, for errors; "": the whole config. Raises UserError: an unknown or missing key, a
     value of the wrong type, or what the section refuses.
@@ -66,8 +66,8 @@ def from_plain(cls: type[T], values: Any, key: str = "") -> T:
 
 def defaults(cls: type) -> dict[str, Any]:
     """The defaults of a section as plain values; fields without one are left out."""
-    found = {field.name: _default(field) for field in dataclasses.fields(cls)}
-    return {name: to_plain(value) for name, value in found.items() if value is not dataclasses.MISSING}
+    values = {field.name: _default(field) for field in dataclasses.fields(cls)}
+    return {name: to_plain(value) for name, value in values.items() if value is not dataclasses.MISSING}
 
 
 def fill(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def fill(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
         if dataclasses.is_dataclass(kind):
             filled[name] = fill(typing.cast(type, kind), value)
         elif arguments and dataclasses.is_dataclass(arguments[-1]):
-            filled[name] = {key: fill(arguments[-1], each) for key, each in value.items()}
+            filled[name] = {key: fill(arguments[-1], item) for key, item in value.items()}
     return filled
 
 
@@ -113,11 +113,11 @@ def _convert(kind: Any, value: Any, key: str) -> Any:
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, list | tuple):
             raise UserError(f"config.{key} is {value!r}: it must be a tuple, e.g. (x,) or (x, y)")
-        return tuple(_convert(arguments[0], each, f"{key}[{place}]") for place, each in enumerate(value))
+        return tuple(_convert(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value))
     if origin is not None:  # a mapping
         if not isinstance(value, Mapping):
             raise UserError(f"config.{key} is {value!r}: it must be a mapping by name")
-        return {str(name): _convert(arguments[1], each, f"{key}.{name}") for name, each in value.items()}
+        return {str(name): _convert(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
     if kind is Any:
         return value
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):

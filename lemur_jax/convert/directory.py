@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Directories that are written atomically."""
 
 import contextlib
 import fcntl
@@ -28,14 +28,14 @@ def check_target(target: epath.Path, overwrite: bool, replaceable: Callable[[epa
 
 
 @contextlib.contextmanager
-def staged(target: epath.Path) -> Iterator[epath.Path]:
+def atomic_directory(target: epath.Path) -> Iterator[epath.Path]:
     """A directory to write into that becomes `target` when the block succeeds, and is removed otherwise.
 
     Replaces an existing target. Object stores (gs://) cannot rename a directory: there the block writes in place, and
     should write last the file without which no reader opens the directory. Raises UserError if another process writes
     the same target.
     """
-    with _in_place(target) if is_object_store(target) else _beside(target.resolve()) as directory:
+    with _in_place(target) if is_object_store(target) else _in_sibling(target.resolve()) as directory:
         yield directory
 
 
@@ -52,8 +52,8 @@ def _in_place(target: epath.Path) -> Iterator[epath.Path]:
 
 
 @contextlib.contextmanager
-def _beside(target: epath.Path) -> Iterator[epath.Path]:
-    partial, old = (target.parent / f".{target.name}.{end}" for end in ("partial", "old"))
+def _in_sibling(target: epath.Path) -> Iterator[epath.Path]:
+    partial, old = (target.parent / f".{target.name}.{suffix}" for suffix in ("partial", "old"))
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)  # held until the process ends, however it ends
     try:

@@ -31,8 +31,8 @@ def copy_cast(target: np.ndarray, source: np.ndarray, name: str) -> None:
     Raises UserError, naming the tensor, if a finite value became infinite.
     """
     if target.dtype == source.dtype:
-        bits = f"u{target.dtype.itemsize}"  # NumPy copies bfloat16 element by element, integers at once
-        _copy(target.view(bits), source.view(bits))
+        uint = f"u{target.dtype.itemsize}"  # NumPy copies bfloat16 element by element, integers at once
+        _copy(target.view(uint), source.view(uint))
         return
     with np.errstate(over="ignore"):
         _copy(target, source)
@@ -53,15 +53,15 @@ def _copy(target: np.ndarray, source: np.ndarray) -> None:
     if flat is None:
         np.copyto(target, source, casting="unsafe")
         return
-    out = target.reshape(flat.shape)
+    matrix = target.reshape(flat.shape)
     # Padded rows: with a stride that is a power of two a column would share few cache lines.
     buffer = np.empty((_TILE, _TILE + 24), source.dtype)
     for column in range(0, flat.shape[1], _TILE):
         for row in range(0, flat.shape[0], _TILE):
             tile = flat[row : row + _TILE, column : column + _TILE].T
-            held = buffer[: tile.shape[0], : tile.shape[1]]
-            held[...] = tile
-            np.copyto(out[row : row + _TILE, column : column + _TILE], held.T, casting="unsafe")
+            block = buffer[: tile.shape[0], : tile.shape[1]]
+            block[...] = tile
+            np.copyto(matrix[row : row + _TILE, column : column + _TILE], block.T, casting="unsafe")
 
 
 def _as_matrix(array: np.ndarray) -> np.ndarray | None:

@@ -28,7 +28,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.common.json_files import write_json
 from lemur_jax.common.paths import absolute
 from lemur_jax.convert import hf_config, layout
-from lemur_jax.convert.directory import check_target, staged
+from lemur_jax.convert.directory import atomic_directory, check_target
 from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
 from lemur_jax.convert.hf_weights import check_shapes
 from lemur_jax.convert.model_card import model_card
@@ -36,7 +36,7 @@ from lemur_jax.convert.peft import adapter_of
 from lemur_jax.convert.safetensors import INDEX, write_weights
 from lemur_jax.convert.source import open_source
 from lemur_jax.convert.verify import compare_logits, compare_tensors
-from lemur_jax.convert.vocabulary import AS_IT_IS, Change
+from lemur_jax.convert.vocabulary import NO_CHANGE, Change
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import abstract_params
 from lemur_jax.text.chat_template import CHATML_TEMPLATE, stop_ids
@@ -57,7 +57,7 @@ def export_hf(
     dtype: str = "bfloat16",
     step: int | None = None,
     overwrite: bool = False,
-    change: Change = AS_IT_IS,
+    change: Change = NO_CHANGE,
     verify: bool = False,
 ) -> DecoderConfig:
     """Writes safetensors, configs, tokenizer, chat template and model card.
@@ -87,9 +87,9 @@ def export_hf(
     metadata = read_metadata(ckpt_dir, step)
     if adapter_of(metadata) and absolute(metadata["config"]["init"]["checkpoint"]) == absolute(target):
         raise UserError(f"{target} is the base of the adapter in {ckpt_dir}: choose another directory")
-    with _merged(ckpt_dir, metadata) as (ckpt_dir, metadata):
+    with _merge_adapter(ckpt_dir, metadata) as (ckpt_dir, metadata):
         config, tokenizer, tensors = _open(ckpt_dir, metadata, change, dtype)
-        with suggest_other_steps(ckpt_dir, metadata["step"]), staged(target) as directory:
+        with suggest_other_steps(ckpt_dir, metadata["step"]), atomic_directory(target) as directory:
             shapes = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}
             write_weights(directory, shapes, dtype, _ahead(tensors()), MAX_SHARD_BYTES)
             card = model_card(config, metadata, dtype, chatml=_has_chatml(tokenizer))
@@ -117,13 +117,13 @@ def _open(
     written, files = change.apply(stored, files, ckpt_dir)
 
     def tensors() -> Tensors:
-        for weight, after in zip(layout.weights(stored), layout.weights(written), strict=True):
+        for weight, target in zip(layout.weights(stored), layout.weights(written), strict=True):
             path = weight.path
-            for name, part in read_parameter(arrays[path], weight, leaves[path].digest, f"{where} {path}"):
-                tensor = np.empty(after.hf_shape, numpy_dtype(dtype))
+            for name, value in read_parameter(arrays[path], weight, leaves[path].digest, f"{where} {path}"):
+                tensor = np.empty(target.hf_shape, numpy_dtype(dtype))
                 if name in layout.VOCABULARY:
-                    part = change.resized(part, len(tensor))
-                copy_cast(tensor, part, name)
+                    value = change.resize(value, len(tensor))
+                copy_cast(tensor, value, name)
                 yield name, tensor
 
     return written, Tokenizer.from_files(files) if files else None, tensors
@@ -134,21 +134,21 @@ def read_parameter(array: ts.TensorStore, weight: layout.Weight, digest: str, wh
 
     Raises Damaged after the last tensor if its digest differs from `digest`, that of the saved one.
     """
-    found = RunningDigest()
+    running = RunningDigest()
     cuts = chunk_slices(array) if weight.stacked else [...]
     blocks = read_slices(array, cuts, where)
-    parts = (part for block in blocks for part in block.reshape(-1, *weight.shape[len(weight.lead) :]))
+    layers = (layer for block in blocks for layer in block.reshape(-1, *weight.shape[len(weight.lead) :]))
     with ThreadPoolExecutor(1) as pool:  # NumPy releases the GIL: digest and cast run side by side
-        for name, part in zip(weight.names, parts, strict=True):
-            summed = pool.submit(found.update, part)
-            yield name, weight.to_hf(part)
-            summed.result()
-    if found.value != digest:
+        for name, layer in zip(weight.names, layers, strict=True):
+            future = pool.submit(running.update, layer)
+            yield name, weight.to_hf(layer)
+            future.result()
+    if running.value != digest:
         raise Damaged(f"{where} is damaged: it is not what was saved")
 
 
 @contextlib.contextmanager
-def _merged(
+def _merge_adapter(
     ckpt_dir: epath.PathLike, metadata: dict[str, Any]
 ) -> Iterator[tuple[epath.PathLike, dict[str, Any]]]:
     """The checkpoint and its metadata; with an adapter, a temporary one in which it is merged into the base.
@@ -160,12 +160,12 @@ def _merged(
         return
     source = open_source(ckpt_dir, metadata["step"])
     host = SingleDeviceSharding(jax.devices()[0])
-    wanted = jax.tree.map(lambda leaf: leaf.update(sharding=host), abstract_params(source.model))
-    params = source.restore(wanted, lambda _, leaf: jax.device_get(leaf))
-    whole = {key: metadata[key] for key in ("format", "model", "tokenizer", "data")}
-    whole["config"] = {**metadata["config"], "adapter": {}}
+    abstract = jax.tree.map(lambda leaf: leaf.update(sharding=host), abstract_params(source.model))
+    params = source.restore(abstract, lambda _, leaf: jax.device_get(leaf))
+    merged = {key: metadata[key] for key in ("format", "model", "tokenizer", "data")}
+    merged["config"] = {**metadata["config"], "adapter": {}}
     with tempfile.TemporaryDirectory() as directory:
-        write_params(directory, params, whole, metadata["step"])
+        write_params(directory, params, merged, metadata["step"])
         yield directory, read_metadata(directory)
 
 
@@ -183,7 +183,7 @@ def _has_chatml(tokenizer: Tokenizer | None) -> bool:
 def _write_files(
     directory: epath.Path, config: DecoderConfig, dtype: str, tokenizer: Tokenizer | None
 ) -> None:
-    """Writes the tokenizer's files and those that transformers configures itself by."""
+    """Writes the tokenizer's files, `generation_config.json` and `config.json`."""
     files = tokenizer.files() if tokenizer else {}
     for name, content in files.items():
         (directory / name).write_bytes(content)
@@ -194,20 +194,20 @@ def _write_files(
     ids = {"bos_token_id": bos, "eos_token_id": stops if len(stops) > 1 else eos, "pad_token_id": pad}
     write_json(directory / "generation_config.json", ids | {"do_sample": False})
     # Last: without it the directory is no model.
-    described = hf_config.to_hf(config, dtype=dtype, bos=bos, eos=eos, pad=pad)
-    write_json(directory / "config.json", described)
+    config_json = hf_config.to_hf(config, dtype=dtype, bos=bos, eos=eos, pad=pad)
+    write_json(directory / "config.json", config_json)
     if tokenizer is not None and Tokenizer.load(directory).digest != tokenizer.digest:
         logger.warning(
             "AutoTokenizer takes the tokenizer class of a %s here, not that of tokenizer_config.json: load this"
             " tokenizer with PreTrainedTokenizerFast.from_pretrained",
-            described["model_type"],
+            config_json["model_type"],
         )
 
 
 def _ahead(tensors: Tensors) -> Tensors:
     """The same tensors; the next is made in a thread while the caller writes the last."""
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(next, tensors, None)
-        while (tensor := waiting.result()) is not None:
-            waiting = pool.submit(next, tensors, None)
+        pending = pool.submit(next, tensors, None)
+        while (tensor := pending.result()) is not None:
+            pending = pool.submit(next, tensors, None)
             yield tensor

@@ -1,4 +1,4 @@
-"""The families of models that can be imported and exported: what the `config.json` of each says beside Llama's keys.
+"""The families of models that can be imported and exported: what each `config.json` has beyond Llama's keys.
 
 A family translates to and from `DecoderConfig`; no other module knows a family's name. Names of tensors follow from the
 specification alone (`convert/layout.py`).
@@ -43,8 +43,8 @@ class Family:
 
 def number(value: Any, kind: type, key: str, where: str) -> Any:
     """`value` as a positive int or float, refusing strings, booleans and fractions of an int."""
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not 0 < value <= sys.float_info.max or (kind is int and value != int(value)):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value <= sys.float_info.max or (kind is int and value != int(value)):
         raise UserError(
             f"{where}: {key} is {value!r}, not a positive {'integer' if kind is int else 'number'}"
         )
@@ -106,12 +106,12 @@ def spec_fields(family: Family, raw: Raw, where: str) -> dict[str, Any]:
     fields: dict[str, Any] = dict(family.spec)
     for key, field in family.keys.items():
         fields[field] = 0.0 if raw.get(key) is None else number(raw[key], float, key, where)
-    named = raw[family.activation]
-    if named not in _ACTIVATIONS:
+    activation = raw[family.activation]
+    if activation not in _ACTIVATIONS:
         raise UserError(
-            f"{where}: {family.activation} is {named!r}; implemented are {', '.join(_ACTIVATIONS)}"
+            f"{where}: {family.activation} is {activation!r}; implemented are {', '.join(_ACTIVATIONS)}"
         )
-    fields["activation"] = _ACTIVATIONS[named]
+    fields["activation"] = _ACTIVATIONS[activation]
     for key, possible in (
         ("attention_bias", family.bias),
         ("mlp_bias", family.mlp_bias),
@@ -130,8 +130,8 @@ def spec_fields(family: Family, raw: Raw, where: str) -> dict[str, Any]:
     fields["mlp_bias"] = bool(raw.get("mlp_bias"))
     if family.scales_embedding:
         fields["embedding_multiplier"] = raw["hidden_size"] ** 0.5
-    window, every = _window(family, raw, where)
-    fields |= {"sliding_window": window, "full_attention_every": every}
+    window, period = _window(family, raw, where)
+    fields |= {"sliding_window": window, "full_attention_every": period}
     if family.local_theta and window:
         rope = raw["rope_parameters"][SLIDING]
         if rope["rope_type"] != "default":
@@ -141,7 +141,7 @@ def spec_fields(family: Family, raw: Raw, where: str) -> dict[str, Any]:
         fields["rope_local_theta"] = number(rope["rope_theta"], float, "rope_local_base_freq", where)
     if family.skips_rope:
         rotated = raw["no_rope_layers"]  # 1: has a rotary embedding
-        fields["rope_skip_every"] = _period([not each for each in rotated], "no_rope_layers", where)
+        fields["rope_skip_every"] = _period([not flag for flag in rotated], "no_rope_layers", where)
     if family.experts:
         fields |= _experts(family, raw, where)
     return fields
@@ -186,14 +186,14 @@ def _window(family: Family, raw: Raw, where: str) -> tuple[int, int]:
     return window, _period([kind == FULL for kind in kinds], "layer_types", where)
 
 
-def _period(marked: list[bool], key: str, where: str) -> int:
+def _period(mask: list[bool], key: str, where: str) -> int:
     """n, if every n-th layer and no other is marked; 0 if none is."""
-    if not any(marked):
+    if not any(mask):
         return 0
-    every = marked.index(True) + 1
-    if marked != [(layer + 1) % every == 0 for layer in range(len(marked))]:
+    period = mask.index(True) + 1
+    if mask != [(layer + 1) % period == 0 for layer in range(len(mask))]:
         raise UserError(f"{where}: {key} has no period; only every n-th layer may differ from the others")
-    return every
+    return period
 
 
 def config_keys(family: Family, config: DecoderConfig, rope: Raw) -> Raw:
@@ -202,7 +202,7 @@ def config_keys(family: Family, config: DecoderConfig, rope: Raw) -> Raw:
     `rope` has `rope_theta` and `rope_scaling` as the other families write them.
     """
     layers = range(config.num_hidden_layers)
-    names = {ours: theirs for theirs, ours in reversed(_ACTIVATIONS.items())}
+    names = {name: hf_name for hf_name, name in reversed(_ACTIVATIONS.items())}
     raw: Raw = {key: getattr(config, field) or None for key, field in family.keys.items()}
     if "query_pre_attn_scalar" in raw:
         scale = config.query_scale or config.head_dim
@@ -215,12 +215,12 @@ def config_keys(family: Family, config: DecoderConfig, rope: Raw) -> Raw:
         raw["sliding_window"] = config.sliding_window or None
         raw["use_sliding_window"] = config.sliding_window > 0
     if family.windows == "some":
-        # null stops some models, though no layer reads it
+        # some models fail on null, though no layer reads it
         raw["sliding_window"] = config.sliding_window or config.max_position_embeddings
         raw["layer_types"] = [FULL if config.attends_fully(layer) else SLIDING for layer in layers]
     if family.skips_rope:
-        every = config.rope_skip_every
-        raw["no_rope_layers"] = [int(not every or (layer + 1) % every != 0) for layer in layers]
+        period = config.rope_skip_every
+        raw["no_rope_layers"] = [int(not period or (layer + 1) % period != 0) for layer in layers]
     if family.experts:
         raw |= {family.experts: config.num_experts, family.expert_width: config.intermediate_size}
         raw["num_experts_per_tok"] = config.experts_per_token

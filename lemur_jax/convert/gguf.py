@@ -47,7 +47,7 @@ _OTHERS = {"attention.head_count_kv", "attention.key_length", "attention.value_l
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What the files of one `general.architecture` have of their own."""
+    """What is specific to the files of one `general.architecture`."""
 
     model_type: str  # of transformers
     names: Mapping[str, str]  # of tensors, as `_NAMES`
@@ -110,8 +110,8 @@ class GgufTensor:
 
     def rows(self, name: str, start: int, stop: int) -> "GgufTensor":
         """Some rows of a matrix, in the order of the file, as a tensor of its own."""
-        shape, part = (stop - start, self.shape[1]), self.data[start:stop]
-        return dataclasses.replace(self, name=name, shape=shape, heads=0, data=part)
+        shape, data = (stop - start, self.shape[1]), self.data[start:stop]
+        return dataclasses.replace(self, name=name, shape=shape, heads=0, data=data)
 
 
 def read_config(path: epath.PathLike) -> dict[str, Any]:
@@ -170,8 +170,8 @@ def _architecture(path: epath.PathLike) -> tuple[str, Architecture]:
     """`general.architecture`, and what follows from it."""
     kind = metadata(path, "general.").get("architecture")
     if kind not in ARCHITECTURES:
-        known = " and ".join(ARCHITECTURES)
-        raise UserError(f"{path}: general.architecture is {kind!r}; only {known} can be imported")
+        names = " and ".join(ARCHITECTURES)
+        raise UserError(f"{path}: general.architecture is {kind!r}; only {names} can be imported")
     return kind, ARCHITECTURES[kind]
 
 
@@ -192,8 +192,8 @@ def open_weights(path: epath.PathLike) -> dict[str, GgufTensor]:
             gguf.quants.dequantize(tensor.data[:1], tensor.tensor_type)
         except NotImplementedError as error:
             raise UserError(f"{path}: tensor {brief(tensor.name)}: {error} in the library gguf") from error
-        known = kind in names and tensor.name.endswith(".weight")
-        name = names[kind].format(layer=layer) if known else tensor.name
+        is_mapped = kind in names and tensor.name.endswith(".weight")
+        name = names[kind].format(layer=layer) if is_mapped else tensor.name
         tensors[name] = GgufTensor(
             name=brief(name),
             path=epath.Path(os.fspath(path)),

@@ -60,8 +60,8 @@ def read_config(hf_dir: epath.PathLike) -> DecoderConfig:
     return from_hf(read_json(path), str(path))
 
 
-def _completed(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What transformers makes of a `config.json`, of a multimodal model the part about text.
+def _resolve_config(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A `config.json` as transformers completes it; of a multimodal model only the text part.
 
     Its classes know the defaults of each family and resolve the spellings of earlier versions.
     """
@@ -69,8 +69,8 @@ def _completed(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
     kind = str(raw.get("model_type"))
     if kind not in {*families.BY_NAME, *families.TEXT_OF}:
-        known = ", ".join(families.BY_NAME)
-        raise UserError(f"{where}: model_type is {raw.get('model_type')!r:.100}; known are {known}")
+        supported = ", ".join(families.BY_NAME)
+        raise UserError(f"{where}: model_type is {raw.get('model_type')!r:.100}; known are {supported}")
     text = raw if kind in families.BY_NAME else raw.get("text_config")
     if not isinstance(text, dict):
         raise UserError(f"{where}: a model of type {kind} needs a text_config")
@@ -80,7 +80,7 @@ def _completed(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
     ):
         if value := raw.get(key) or text.get(key):
             raise UserError(f"{where}: {key} is {value!r:.100}; {reason}")
-    # A missing size would be that of some model, and a wrong one stops a class in ways of its own.
+    # transformers would fill in a missing size with that of some model, and fails on a wrong one in many ways.
     for key in _REQUIRED:
         if text is raw and raw.get(key) is None:
             raise UserError(f"{where}: {key} is missing")
@@ -103,7 +103,7 @@ def _completed(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig:
     """`config.json` of transformers 4 or 5 as ours; UserError for what our model would compute differently."""
-    raw = _completed(raw, where)
+    raw = _resolve_config(raw, where)
     family = families.BY_NAME[raw["model_type"]]
     if raw.get("head_dim") is None:
         raw["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]
@@ -112,9 +112,9 @@ def from_hf(raw: Mapping[str, Any], where: str = "config.json") -> DecoderConfig
     fields["tie_word_embeddings"] = raw["tie_word_embeddings"]
     fields |= families.spec_fields(family, raw, where)
     rope = raw["rope_parameters"]
-    if family.local_theta:  # of each kind of layers; its class passes over what stands beside them
-        if beside := sorted(rope.keys() - {families.FULL, families.SLIDING}):
-            raise UserError(f"{where}: rope_parameters has {beside[0]} outside of {families.FULL}")
+    if family.local_theta:  # by kind of layer; transformers ignores keys beside them
+        if extra := sorted(rope.keys() - {families.FULL, families.SLIDING}):
+            raise UserError(f"{where}: rope_parameters has {extra[0]} outside of {families.FULL}")
         rope = rope[families.FULL]
     fields |= _rope_from_hf(rope, fields["max_position_embeddings"], where)
     try:
@@ -137,8 +137,8 @@ def _rope_from_hf(rope: Mapping[str, Any], max_positions: int, where: str) -> di
         raise UserError(
             f"{where}: partial_rotary_factor is {rope['partial_rotary_factor']}; only whole heads are rotated (1.0)"
         )
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    if unknown := sorted(set(rope) - known.union(*_ROPE_KEYS.values(), *_ROPE_OPTIONAL.values())):
+    allowed = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if unknown := sorted(set(rope) - allowed.union(*_ROPE_KEYS.values(), *_ROPE_OPTIONAL.values())):
         raise UserError(f"{where}: rope_parameters has the unknown key {unknown[0]}")
     if kind == "longrope" and rope.get("factor") is None:
         key = "original_max_position_embeddings"
@@ -152,10 +152,10 @@ def _rope_from_hf(rope: Mapping[str, Any], max_positions: int, where: str) -> di
         if value is None and key in _ROPE_KEYS[kind]:
             raise UserError(f"{where}: the rotary embedding of type {kind} lacks {key}")
         if isinstance(value, list):
-            fields[f"rope_{key}"] = tuple(number(each, float, key, where) for each in value)
+            fields[f"rope_{key}"] = tuple(number(item, float, key, where) for item in value)
         elif value is not None:
-            wanted = int if key == "original_max_position_embeddings" else float
-            fields[f"rope_{key}"] = number(value, wanted, key, where)
+            number_type = int if key == "original_max_position_embeddings" else float
+            fields[f"rope_{key}"] = number(value, number_type, key, where)
     return fields
 
 

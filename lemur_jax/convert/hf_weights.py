@@ -37,13 +37,13 @@ class BinTensor:
         import torch
 
         # NumPy has no bfloat16 of its own: go through integers of the same width.
-        bits = torch.int32 if self.dtype.itemsize == 4 else torch.int16
-        return self.tensor.detach().contiguous().view(bits).numpy().view(self.dtype)
+        int_dtype = torch.int32 if self.dtype.itemsize == 4 else torch.int16
+        return self.tensor.detach().contiguous().view(int_dtype).numpy().view(self.dtype)
 
     def rows(self, name: str, start: int, stop: int) -> "BinTensor":
         """Some rows of a matrix as a tensor of its own."""
-        part = self.tensor[start:stop]
-        return dataclasses.replace(self, name=name, shape=tuple(part.shape), tensor=part)
+        tensor = self.tensor[start:stop]
+        return dataclasses.replace(self, name=name, shape=tuple(tensor.shape), tensor=tensor)
 
 
 Tensor = StoredTensor | BinTensor | gguf.GgufTensor
@@ -104,16 +104,16 @@ def _open_sharded(index: epath.Path, suffix: str, read_file: Any) -> dict[str, T
         path = index.parent / file
         if not path.exists():
             raise UserError(f"{path} is missing, but {index.name} lists it: download it again")
-        found = read_file(path)
+        stored = read_file(path)
         listed = {
             name for name, holder in weight_map.items() if holder == file and not layout.IGNORED.search(name)
         }
-        if differ := sorted(listed ^ found.keys()):
-            verb, no = ("lacks", "") if differ[0] in listed else ("holds", "not ")
+        if mismatched := sorted(listed ^ stored.keys()):
+            verb, no = ("lacks", "") if mismatched[0] in listed else ("holds", "not ")
             raise UserError(
-                f"{path} {verb} tensor {brief(differ[0])}, which {index.name} does {no}list there"
+                f"{path} {verb} tensor {brief(mismatched[0])}, which {index.name} does {no}list there"
             )
-        tensors.update(found)
+        tensors.update(stored)
     return tensors
 
 
@@ -165,16 +165,16 @@ def open_checked(config: DecoderConfig, hf_dir: epath.PathLike) -> dict[str, Ten
         },
         "mlp.gate_up_proj.weight": dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), config.intermediate_size),
     }
-    for ending, parts in fused.items():
+    for ending, sizes in fused.items():
         for name in [name for name in tensors if name.endswith(ending)]:
-            whole = tensors[name]
-            if whole.shape != (sum(parts.values()), config.hidden_size):
-                continue  # the check says so
+            tensor = tensors[name]
+            if tensor.shape != (sum(sizes.values()), config.hidden_size):
+                continue  # `check_weights` reports it
             del tensors[name]
             start = 0
-            for part, rows in parts.items():
-                new = name.replace(ending, part + ".weight")
-                tensors[new] = whole.rows(new, start, start + rows)
+            for module, rows in sizes.items():
+                new_name = name.replace(ending, module + ".weight")
+                tensors[new_name] = tensor.rows(new_name, start, start + rows)
                 start += rows
     check_weights(config, tensors, hf_dir)
     return tensors
@@ -200,13 +200,13 @@ def check_weights(config: DecoderConfig, tensors: Mapping[str, Tensor], hf_dir: 
     """Raises UserError if a tensor is missing, unexpected or of another shape, or a tied head is not its embedding."""
     expected = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}
     tied = config.tie_word_embeddings and layout.HEAD in tensors
-    found = {name: tensor.shape for name, tensor in tensors.items() if not (tied and name == layout.HEAD)}
-    check_shapes(expected, found, f"{hf_dir}: weight")
+    shapes = {name: tensor.shape for name, tensor in tensors.items() if not (tied and name == layout.HEAD)}
+    check_shapes(expected, shapes, f"{hf_dir}: weight")
     if tied:  # it may store its head too, if it equals the embedding
         embedding, head = tensors[layout.EMBEDDING], tensors[layout.HEAD]
-        bits = f"u{head.dtype.itemsize}"
+        uint = f"u{head.dtype.itemsize}"
         same = (embedding.shape, embedding.dtype) == (head.shape, head.dtype)
-        if not same or not np.array_equal(embedding.read().view(bits), head.read().view(bits)):
+        if not same or not np.array_equal(embedding.read().view(uint), head.read().view(uint)):
             raise UserError(
                 f"{head.path}: config.json says tie_word_embeddings, but {layout.HEAD} differs from"
                 f" {layout.EMBEDDING}: set tie_word_embeddings to false or remove {layout.HEAD}"

@@ -17,11 +17,11 @@ from lemur_jax.checkpoint.streaming import Streamed, write_params
 from lemur_jax.cluster import hosts
 from lemur_jax.common.errors import UserError
 from lemur_jax.convert import layout
-from lemur_jax.convert.directory import check_target, staged
+from lemur_jax.convert.directory import atomic_directory, check_target
 from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
 from lemur_jax.convert.hf_config import read_config, read_json
 from lemur_jax.convert.hf_weights import Tensor, open_checked
-from lemur_jax.convert.vocabulary import AS_IT_IS, Change
+from lemur_jax.convert.vocabulary import NO_CHANGE, Change
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.text.gguf_files import is_gguf
 from lemur_jax.text.tokenizer import GENERATION_CONFIG, read_files
@@ -59,7 +59,7 @@ def load_hf_params(
 
     Args:
       shardings: nested dict of shardings, one per parameter; None: NumPy arrays.
-      each: what to make of each parameter on devices, by its path, as soon as it is there.
+      each: function of the path and of a parameter on devices, applied as soon as the parameter is read.
 
     Raises UserError for a model that `hf_config` and `hf_weights` refuse, or a value that is not finite or does not fit
     `dtype`.
@@ -72,16 +72,16 @@ def load_hf_params(
     flat: dict[str, Any] = {}
     for weight in layout.weights(config):
         if shardings is None:
-            whole = _bounds((slice(None),) * len(weight.shape), weight.shape)
-            flat[weight.path] = _load(weight, tensors, {whole}, dtype)[whole]
+            block = _bounds((slice(None),) * len(weight.shape), weight.shape)
+            flat[weight.path] = _load(weight, tensors, {block}, dtype)[block]
         else:
-            place = flatten_dict(shardings, sep="/")[weight.path]
-            flat[weight.path] = each(weight.path, _place(weight, tensors, place, dtype))
+            sharding = flatten_dict(shardings, sep="/")[weight.path]
+            flat[weight.path] = each(weight.path, _place(weight, tensors, sharding, dtype))
     return config, unflatten_dict(flat, sep="/")
 
 
 def digest_of_rows(tensors: Mapping[str, Tensor]) -> str:
-    """A digest of one row of each matrix: models of one shape differ in it, as two downloads of one name may be.
+    """A digest of one row of each matrix: it tells models of one shape apart, e.g. two downloads of one name.
 
     Without the experts: models have up to tens of thousands of their matrices, each a request to an object store.
     """
@@ -104,39 +104,39 @@ def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> _Block:
 def _place(weight: layout.Weight, tensors: Mapping[str, Tensor], sharding: Sharding, dtype: str) -> jax.Array:
     """One parameter with all layers on the devices of `sharding`."""
     indices = sharding.addressable_devices_indices_map(weight.shape)
-    wanted = {device: _bounds(index, weight.shape) for device, index in indices.items() if index is not None}
-    blocks = _load(weight, tensors, set(wanted.values()), dtype)
-    shards = [jax.device_put(blocks[block], device) for device, block in wanted.items()]
+    needed = {device: _bounds(index, weight.shape) for device, index in indices.items() if index is not None}
+    blocks = _load(weight, tensors, set(needed.values()), dtype)
+    shards = [jax.device_put(blocks[block], device) for device, block in needed.items()]
     return jax.make_array_from_single_device_arrays(weight.shape, sharding, shards)
 
 
 def _load(
     weight: layout.Weight,
     tensors: Mapping[str, Tensor],
-    wanted: Collection[_Block],
+    needed: Collection[_Block],
     dtype: str,
-    change: Change = AS_IT_IS,
+    change: Change = NO_CHANGE,
 ) -> dict[_Block, np.ndarray]:
     """The wanted blocks of one parameter; refuses values that no checkpoint may hold."""
     blocks = {
-        block: np.empty([stop - start for start, stop in block], numpy_dtype(dtype)) for block in wanted
+        block: np.empty([stop - start for start, stop in block], numpy_dtype(dtype)) for block in needed
     }
     lead = len(weight.lead)
     for index, name in zip(np.ndindex(weight.lead), weight.names, strict=True):
-        holders = [
+        targets = [
             block
-            for block in wanted
+            for block in needed
             if all(start <= i < stop for i, (start, stop) in zip(index, block[:lead], strict=True))
         ]
-        if not holders:
+        if not targets:
             continue
         stored = tensors[name].read()
         if name in layout.VOCABULARY:
-            stored = change.resized(stored, weight.hf_shape[0])
+            stored = change.resize(stored, weight.hf_shape[0])
         tensor = weight.from_hf(stored)
-        for block in holders:
-            place = tuple(i - start for i, (start, _) in zip(index, block[:lead], strict=True))
-            target = blocks[block][(*place, ...)]
+        for block in targets:
+            position = tuple(i - start for i, (start, _) in zip(index, block[:lead], strict=True))
+            target = blocks[block][(*position, ...)]
             copy_cast(target, tensor[tuple(slice(*bounds) for bounds in block[lead:])], tensors[name].name)
             if not np.isfinite(target).all():
                 raise UserError(
@@ -152,7 +152,7 @@ def import_hf(
     *,
     dtype: str = "float32",
     overwrite: bool = False,
-    change: Change = AS_IT_IS,
+    change: Change = NO_CHANGE,
 ) -> DecoderConfig:
     """Writes a Hugging Face model as a checkpoint of parameters only, step 0, one tensor at a time.
 
@@ -178,7 +178,7 @@ def import_hf(
     tensors = open_checked(stored, source)
     params = {weight.path: _stream(weight, tensors, dtype, change) for weight in layout.weights(config)}
     metadata = make_metadata(model=config.to_dict(), tokenizer_files=files)
-    with staged(target) as directory:
+    with atomic_directory(target) as directory:
         write_params(directory, unflatten_dict(params, sep="/"), metadata)
     if not files:
         logger.info("without a tokenizer: %s has no tokenizer.json and no tokenizer.model", hf_dir)
@@ -188,10 +188,10 @@ def import_hf(
 def _stream(weight: layout.Weight, tensors: Mapping[str, Tensor], dtype: str, change: Change) -> Streamed:
     """One parameter, one layer at a time if it is stacked."""
 
-    def read(number: int) -> np.ndarray:
+    def read(layer: int) -> np.ndarray:
         block = tuple((0, size) for size in weight.shape)
         if weight.stacked:
-            block = ((number, number + 1), *block[1:])
+            block = ((layer, layer + 1), *block[1:])
         return _load(weight, tensors, {block}, dtype, change)[block]
 
     pieces = weight.lead[0] if weight.stacked else 1

@@ -116,17 +116,17 @@ def weights(config: DecoderConfig) -> tuple[Weight, ...]:
                 for usual, other in _EXPERTS_WITHOUT_QK_NORM.items():
                     name = name.replace(usual, other) if "layers/mlp/" in path else name
         split, lead = "".join(hf_axes), "LE" if axes.startswith("LE") else "L" if axes.startswith("L") else ""
-        ours = axes.removeprefix(lead)
-        each = itertools.product(*(range(sizes.get(axis, 1) if axis in lead else 1) for axis in "LE"))
+        inner = axes.removeprefix(lead)
+        indices = itertools.product(*(range(sizes.get(axis, 1) if axis in lead else 1) for axis in "LE"))
         rows.append(
             Weight(
                 path=path,
                 shape=tuple(sizes[axis] for axis in axes),
-                names=tuple(name.format(layer=layer, expert=expert) for layer, expert in each),
+                names=tuple(name.format(layer=layer, expert=expert) for layer, expert in indices),
                 hf_shape=tuple(math.prod(sizes[axis] for axis in joined) for joined in hf_axes),
                 lead=tuple(sizes[axis] for axis in lead),
                 _split=tuple(sizes[axis] for axis in split),
-                _order=tuple(split.index(axis) for axis in ours),
+                _order=tuple(split.index(axis) for axis in inner),
             )
         )
     return tuple(rows)

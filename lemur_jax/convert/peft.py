@@ -20,7 +20,7 @@ from lemur_jax.common.hub import hub_name, local_model
 from lemur_jax.common.json_files import write_json
 from lemur_jax.common.sections import from_plain
 from lemur_jax.convert import layout
-from lemur_jax.convert.directory import check_target, staged
+from lemur_jax.convert.directory import atomic_directory, check_target
 from lemur_jax.convert.dtypes import copy_cast, numpy_dtype
 from lemur_jax.convert.hf_config import ADAPTER_CONFIG, read_config, read_json
 from lemur_jax.convert.hf_weights import check_shapes, open_weights
@@ -46,12 +46,12 @@ def _names(options: AdapterConfig, model: DecoderConfig) -> dict[str, list[str]]
     """PEFT's tensors of each leaf of the adapter, one a layer."""
     weights = {weight.path: weight for weight in layout.weights(model)}
     return {
-        f"{path}/{part}": [
-            f"base_model.model.{name.removesuffix('.weight')}.lora_{part.upper()}.weight"
+        f"{path}/{factor}": [
+            f"base_model.model.{name.removesuffix('.weight')}.lora_{factor.upper()}.weight"
             for name in weights[path].names
         ]
         for path in lora.targets(options, model)
-        for part in "ab"
+        for factor in "ab"
     }
 
 
@@ -71,28 +71,28 @@ def read_peft(options: AdapterConfig, model: DecoderConfig, dtype: str) -> Param
     directory = epath.Path(options.checkpoint)
     if not (directory / WEIGHTS).exists():
         raise UserError(f"config.adapter.checkpoint {directory} has no {WEIGHTS}: it is no PEFT adapter")
-    theirs = read_json(directory / ADAPTER_CONFIG)
-    wants, one = "config.adapter wants", "one rank and one alpha are possible"
+    stored = read_json(directory / ADAPTER_CONFIG)
+    wants, single = "config.adapter wants", "one rank and one alpha are possible"
     for key, accepted, reason in (
-        ("r", theirs.get("r") == options.rank, f"{wants} rank {options.rank}"),
-        ("lora_alpha", theirs.get("lora_alpha") == options.alpha, f"{wants} alpha {options.alpha}"),
-        ("use_rslora", theirs.get("use_rslora", False) == options.rslora, f"{wants} rslora {options.rslora}"),
-        ("rank_pattern", not theirs.get("rank_pattern"), one),
-        ("alpha_pattern", not theirs.get("alpha_pattern"), one),
-        ("alora_invocation_tokens", not theirs.get("alora_invocation_tokens"), "it is for a part of each text"),
-        ("init_lora_weights", theirs.get("init_lora_weights") in _KEEP_BASE,
+        ("r", stored.get("r") == options.rank, f"{wants} rank {options.rank}"),
+        ("lora_alpha", stored.get("lora_alpha") == options.alpha, f"{wants} alpha {options.alpha}"),
+        ("use_rslora", stored.get("use_rslora", False) == options.rslora, f"{wants} rslora {options.rslora}"),
+        ("rank_pattern", not stored.get("rank_pattern"), single),
+        ("alpha_pattern", not stored.get("alpha_pattern"), single),
+        ("alora_invocation_tokens", not stored.get("alora_invocation_tokens"), "it is for a part of each text"),
+        ("init_lora_weights", stored.get("init_lora_weights") in _KEEP_BASE,
          "peft changes the base with it: save the adapter with path_initial_model_for_weight_conversion"),
     ):  # fmt: skip
         if not accepted:
-            raise UserError(f"{directory / ADAPTER_CONFIG} has {key} {theirs.get(key)!r:.100}: {reason}")
+            raise UserError(f"{directory / ADAPTER_CONFIG} has {key} {stored.get(key)!r:.100}: {reason}")
     tensors = read_header(directory / WEIGHTS)
     abstract = flatten_dict(lora.abstract_adapter(options, model, dtype), sep="/")
     names = _names(options, model)
     expected = {
         name: _matrix_shape(path, abstract[path].shape) for path, each in names.items() for name in each
     }
-    found = {name: tensor.shape for name, tensor in tensors.items()}
-    check_shapes(expected, found, f"{directory}: tensor")
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    check_shapes(expected, shapes, f"{directory}: tensor")
     flat = {}
     for path, each in names.items():
         array = np.stack([tensors[name].read().astype(numpy_dtype(dtype)).T for name in each])
@@ -115,8 +115,8 @@ def export_peft(
     Arguments as of `export_hf`. Raises UserError if the checkpoint holds no adapter, or `peft_dir` exists.
     """
     target = epath.Path(peft_dir)
-    known = {ADAPTER_CONFIG, WEIGHTS, *FILE_NAMES, GENERATION_CONFIG}
-    check_target(target, overwrite, lambda path: {child.name for child in path.iterdir()} <= known)
+    allowed = {ADAPTER_CONFIG, WEIGHTS, *FILE_NAMES, GENERATION_CONFIG}
+    check_target(target, overwrite, lambda path: {child.name for child in path.iterdir()} <= allowed)
     metadata = read_metadata(ckpt_dir, step)
     options, model = adapter_of(metadata), DecoderConfig.from_dict(metadata["model"])
     if options is None:
@@ -134,18 +134,18 @@ def export_peft(
     _check_base(base, model, tensors)
     base, revision = hub_name(base) or (base, None)
     modules = sorted({name.split(".")[-3] for name in tensors})
-    described = {
+    adapter_config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": options.rank, "lora_alpha": options.alpha,
         "lora_dropout": options.dropout, "use_rslora": options.rslora, "target_modules": modules, "bias": "none",
         "base_model_name_or_path": base, "revision": revision, "inference_mode": True,
     }  # fmt: skip
-    with staged(target) as directory:
+    with atomic_directory(target) as directory:
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         write_weights(directory, shapes, dtype, iter(tensors.items()), np.inf)
         (directory / "model.safetensors").rename(directory / WEIGHTS)
         for name, content in tokenizer_files(metadata).items():
             (directory / name).write_bytes(content)
-        write_json(directory / ADAPTER_CONFIG, described)
+        write_json(directory / ADAPTER_CONFIG, adapter_config)
     return model
 
 
@@ -155,19 +155,19 @@ def _check_base(base: str, model: DecoderConfig, tensors: Collection[str]) -> No
     """
     try:
         directory = local_model(base, download=False)
-        found, theirs = open_weights(directory), read_config(directory).to_dict()
+        weights, base_config = open_weights(directory), read_config(directory).to_dict()
     except UserError:  # one of our checkpoints, or it is not here
         return
     for key, value in model.to_dict().items():
-        if key.startswith("rope_") and value != theirs[key]:
+        if key.startswith("rope_") and value != base_config[key]:
             raise UserError(
-                f"{base} has {key} {theirs[key]}, the run {value}, and peft would take that of the base: leave"
+                f"{base} has {key} {base_config[key]}, the run {value}, and peft would take that of the base: leave"
                 " --adapter out"
             )
     names = (name.removeprefix("base_model.model.").rpartition(".lora_")[0] + ".weight" for name in tensors)
-    if lacking := sorted(set(names) - found.keys()):
+    if missing := sorted(set(names) - weights.keys()):
         raise UserError(
-            f"{base} has no tensor {lacking[0]}, so peft would leave out the adapter's: leave --adapter out, or train"
+            f"{base} has no tensor {missing[0]}, so peft would leave out the adapter's: leave --adapter out, or train"
             " on a base that lemur export-hf has written"
         )
 
@@ -187,10 +187,10 @@ def merge_into(
         abstract = with_shardings(sharding.mesh, abstract, lora.logical_axes(options, model))
     flat = flatten_dict(restore_params(path, abstract, metadata["step"]), sep="/")
 
-    def one(name: str, leaf: Any) -> Any:
+    def merge_leaf(name: str, leaf: Any) -> Any:
         if f"{name}/a" not in flat:
             return leaf
         merge = jax.jit(functools.partial(lora.merge, options), out_shardings=leaves[name].sharding)
         return merge(leaf, flat[f"{name}/a"], flat[f"{name}/b"])
 
-    return one
+    return merge_leaf

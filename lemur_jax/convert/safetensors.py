@@ -68,7 +68,7 @@ class StoredTensor:
 
 
 def brief(name: object) -> str:
-    """A name from a file, made fit for one line of a message."""
+    """A name from a file, shortened and escaped for one line of a message."""
     text = str(name)
     text = text if len(text) <= 120 else text[:117] + "..."
     return "".join(char if char.isprintable() else "?" for char in text)
@@ -101,7 +101,7 @@ def read_header(path: epath.PathLike) -> dict[str, StoredTensor]:
                 raise ValueError(f"tensor {brief(name)} overlaps the one before it, or leaves a gap")
             end = stop
             if not layout.IGNORED.search(name):
-                shape, dtype = tuple(header[name]["shape"]), _checked_dtype(name, header[name], path)
+                shape, dtype = tuple(header[name]["shape"]), _read_dtype(name, header[name], path)
                 tensors[name] = StoredTensor(
                     name=name, path=path, dtype=dtype, shape=shape, offset=8 + length + start
                 )
@@ -135,7 +135,7 @@ def _offsets(name: str, entry: Any) -> tuple[int, int]:
     return tuple(entry["data_offsets"])
 
 
-def _checked_dtype(name: str, entry: Mapping[str, Any], path: epath.Path) -> np.dtype:
+def _read_dtype(name: str, entry: Mapping[str, Any], path: epath.Path) -> np.dtype:
     """The dtype of an entry, whose size must agree with its shape."""
     code, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in _DTYPES:
@@ -161,8 +161,8 @@ def plan_shards(sizes: Mapping[str, int], max_bytes: float) -> dict[str, list[st
         used += size
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
-    last = f"-of-{len(groups):05d}.safetensors"
-    return {f"model-{number:05d}{last}": names for number, names in enumerate(groups, start=1)}
+    suffix = f"-of-{len(groups):05d}.safetensors"
+    return {f"model-{index:05d}{suffix}": names for index, names in enumerate(groups, start=1)}
 
 
 def write_weights(

@@ -16,7 +16,7 @@ from lemur_jax.convert.hf_config import read_config, read_json
 from lemur_jax.convert.hf_weights import holds_weights, open_checked, open_weights
 from lemur_jax.convert.import_hf import digest_of_rows, hf_tokenizer_files, load_hf_params
 from lemur_jax.convert.peft import adapter_of, merge_into
-from lemur_jax.convert.vocabulary import AS_IT_IS
+from lemur_jax.convert.vocabulary import NO_CHANGE
 from lemur_jax.models.config import AdapterConfig, DecoderConfig
 from lemur_jax.models.decoder import Params
 
@@ -28,7 +28,7 @@ class ModelSource:
     model: DecoderConfig
     tokenizer_files: Mapping[str, bytes]  # content by name; empty without a tokenizer
     # Abstract tree with shardings -> parameters of its dtypes; UserError if they are damaged or not finite.
-    # A second argument is applied to each leaf as soon as it is there: (path, leaf) -> leaf.
+    # A second argument is applied to each leaf as soon as it is read: (path, leaf) -> leaf.
     restore: Callable[..., Params]
     digest: Callable[[], str]  # differs where the weights differ; reads at most one row of a matrix
     run_config: dict[str, Any] | None = None  # of the run that made it, as JSON
@@ -48,7 +48,7 @@ def open_source(path: epath.PathLike, step: int | None = None) -> ModelSource:
             f"{path} holds Hugging Face weights and checkpoints: name {path}/checkpoints, or move one away"
         )
     if weights:
-        return _hugging_face(path, step)
+        return _open_hugging_face(path, step)
     config = directory / "config.json"
     if not checkpoints and config.exists() and "model_type" in read_json(config):  # a run's config has none
         open_weights(path)  # its error names what is missing
@@ -57,9 +57,9 @@ def open_source(path: epath.PathLike, step: int | None = None) -> ModelSource:
     return ModelSource(
         model=DecoderConfig.from_dict(metadata["model"]),
         tokenizer_files=tokenizer_files(metadata),
-        restore=_adapted(path, metadata, adapter)
+        restore=_open_adapter(path, metadata, adapter)
         if adapter
-        else lambda wanted, each=_as_it_is: restore_params(path, wanted, metadata["step"], each),
+        else lambda abstract, each=_as_it_is: restore_params(path, abstract, metadata["step"], each),
         digest=lambda: digest_of({name: leaf.digest for name, leaf in leaves.items()}),
         run_config=metadata.get("config"),
         step=metadata["step"],
@@ -85,7 +85,7 @@ def _as_it_is(name: str, leaf: Any) -> Any:
     return leaf
 
 
-def _adapted(
+def _open_adapter(
     path: epath.PathLike, metadata: Mapping[str, Any], adapter: AdapterConfig
 ) -> Callable[..., Params]:
     """`restore` of an adapter's base, with the adapter merged where it is read."""
@@ -95,23 +95,23 @@ def _adapted(
     except UserError as error:
         raise UserError(f"{path} is an adapter of {base_path}, which cannot be read: {error}") from error
 
-    def restore(wanted: Params, each: Callable[[str, Any], Any] = _as_it_is) -> Params:
-        merged = merge_into(path, metadata, adapter, wanted)
-        return base.restore(wanted, lambda name, leaf: each(name, merged(name, leaf)))
+    def restore(abstract: Params, each: Callable[[str, Any], Any] = _as_it_is) -> Params:
+        merged = merge_into(path, metadata, adapter, abstract)
+        return base.restore(abstract, lambda name, leaf: each(name, merged(name, leaf)))
 
     return restore
 
 
-def _hugging_face(path: epath.PathLike, step: int | None) -> ModelSource:
+def _open_hugging_face(path: epath.PathLike, step: int | None) -> ModelSource:
     if step is not None:
         raise UserError(f"{path} is a Hugging Face directory, which has no step {step}: leave --step out")
 
-    def restore(wanted: Params, each: Callable[[str, Any], Any] = _as_it_is) -> Params:
-        (dtype,) = {leaf.dtype for leaf in jax.tree.leaves(wanted)}
-        shardings: Any = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+    def restore(abstract: Params, each: Callable[[str, Any], Any] = _as_it_is) -> Params:
+        (dtype,) = {leaf.dtype for leaf in jax.tree.leaves(abstract)}
+        shardings: Any = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         return load_hf_params(path, shardings, dtype.name, each)[1]
 
-    model, files = AS_IT_IS.apply(read_config(path), hf_tokenizer_files(path), path)
+    model, files = NO_CHANGE.apply(read_config(path), hf_tokenizer_files(path), path)
     tensors = open_checked(model, path)
     return ModelSource(
         model=model, tokenizer_files=files, restore=restore, digest=lambda: digest_of_rows(tensors)

@@ -32,11 +32,11 @@ def compare_tensors(
     written = open_checked(config, directory)
     count = size = 0
     for name, tensor in expected:
-        found = written[name].read()
-        if found.dtype != tensor.dtype:
-            raise UserError(f"{written[name].path}: tensor {name} is {found.dtype}, not {tensor.dtype}")
-        bits = f"u{tensor.dtype.itemsize}"
-        differs = found.view(bits) != tensor.view(bits)
+        stored = written[name].read()
+        if stored.dtype != tensor.dtype:
+            raise UserError(f"{written[name].path}: tensor {name} is {stored.dtype}, not {tensor.dtype}")
+        uint = f"u{tensor.dtype.itemsize}"
+        differs = stored.view(uint) != tensor.view(uint)
         if differs.any():
             raise UserError(
                 f"{written[name].path}: tensor {name} differs from the checkpoint in {int(differs.sum())} of"
@@ -64,15 +64,15 @@ def compare_logits(directory: epath.Path, config: DecoderConfig, tokenizer: Toke
     if 10 * size > free:  # both models in float32, and some space
         return f"logits not compared: that takes {10 * size / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free"
     tokens = _tokens(config, tokenizer)
-    ours = _our_logits(directory, config, tokens)
+    logits = _our_logits(directory, config, tokens)
     model = transformers_model(str(directory))
     with torch.no_grad():
-        theirs = model(torch.tensor(tokens)).logits.numpy()
-    largest, scale = np.abs(ours - theirs).max(), max(1.0, np.abs(theirs).max())
-    found = f"on {tokens.size} tokens: max |Δ| {largest:.2e}, KL {_divergence(theirs, ours):.2e} nats"
+        reference = model(torch.tensor(tokens)).logits.numpy()
+    largest, scale = np.abs(logits - reference).max(), max(1.0, np.abs(reference).max())
+    summary = f"on {tokens.size} tokens: max |Δ| {largest:.2e}, KL {_divergence(reference, logits):.2e} nats"
     if not largest <= TOLERANCE * scale:
-        raise UserError(f"{directory}: logits differ from transformers' {found}; largest logit {scale:.3g}")
-    return f"logits (float32) equal transformers' {found}"
+        raise UserError(f"{directory}: logits differ from transformers' {summary}; largest logit {scale:.3g}")
+    return f"logits (float32) equal transformers' {summary}"
 
 
 def _available_memory() -> int:

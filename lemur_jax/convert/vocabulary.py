@@ -41,13 +41,13 @@ def resize(
             " config.init.new_rows='mean' to add them as the mean of the old ones"
         )
     changed = dict(params)
-    changed["embed"] = {"embedding": _resized(params["embed"]["embedding"], 0, rows, vocab_size)}
+    changed["embed"] = {"embedding": _resize_table(params["embed"]["embedding"], 0, rows, vocab_size)}
     if "head" in params:
-        changed["head"] = {"kernel": _resized(params["head"]["kernel"], 1, rows, vocab_size)}
+        changed["head"] = {"kernel": _resize_table(params["head"]["kernel"], 1, rows, vocab_size)}
     return changed
 
 
-def _resized(table: Array, axis: int, keep: int, size: int) -> Array:
+def _resize_table(table: Array, axis: int, keep: int, size: int) -> Array:
     """The first `keep` entries along `axis`, and their mean up to `size`; not copied if nothing changes."""
     if keep < table.shape[axis]:
         table = table[:keep] if axis == 0 else table[:, :keep]
@@ -71,7 +71,7 @@ class Change:
     def apply(
         self, config: DecoderConfig, files: Mapping[str, bytes], where: object
     ) -> tuple[DecoderConfig, dict[str, bytes]]:
-        """The model at `where` and its tokenizer's files (empty: none) afterwards.
+        """The model at `where` and its tokenizer's files (empty: none) after the changes.
 
         Raises UserError: rows would be lost without being named, or tokens and rows do not fit each other.
         """
@@ -99,9 +99,9 @@ class Change:
             )
         return dataclasses.replace(config, vocab_size=size), dict(files)
 
-    def resized(self, table: np.ndarray, size: int) -> np.ndarray:
+    def resize(self, table: np.ndarray, size: int) -> np.ndarray:
         """The embedding or the head [V, D] with `size` rows; not copied if nothing changes."""
-        return np.asarray(_resized(table, 0, self.drop_rows_above or table.shape[0], size))
+        return np.asarray(_resize_table(table, 0, self.drop_rows_above or table.shape[0], size))
 
 
-AS_IT_IS = Change()
+NO_CHANGE = Change()

@@ -71,9 +71,9 @@ def map_array(path: epath.PathLike, array: Any, shape: tuple[int, ...]) -> np.nd
     """The first elements of an array, copied into a new local file that is mapped into memory."""
     mapped = np.memmap(path, array.dtype.numpy_dtype, "w+", shape=shape).view(np.ndarray)
     flat = mapped.reshape(-1)
-    for first in range(0, flat.size, _MAPPED):
-        stop = min(first + _MAPPED, flat.size)
-        flat[first:stop] = finish(array[first:stop].read())
+    for start in range(0, flat.size, _MAPPED):
+        stop = min(start + _MAPPED, flat.size)
+        flat[start:stop] = finish(array[start:stop].read())
     return mapped
 
 
@@ -81,7 +81,7 @@ def read_spans(array: Any, starts: np.ndarray, lengths: np.ndarray) -> np.ndarra
     """[start, start + length) of an array for each span, concatenated."""
     starts = np.asarray(starts)
     stops = starts + lengths
-    cuts = np.flatnonzero(starts[1:] != stops[:-1])  # what adjoins is one read
+    cuts = np.flatnonzero(starts[1:] != stops[:-1])  # adjacent spans are one read
     starts, stops = np.append(starts[:1], starts[1:][cuts]), np.append(stops[:-1][cuts], stops[-1:])
     lengths = stops - starts
     total = int(lengths.sum())
@@ -93,9 +93,9 @@ def read_spans(array: Any, starts: np.ndarray, lengths: np.ndarray) -> np.ndarra
 
 
 def read_bounds(offsets: Any, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(start, length) of elements, by an array of where each begins and the last one ends."""
-    one = np.ones(len(indices), np.int64)
-    starts, stops = (read_spans(offsets, np.asarray(indices) + end, one) for end in (0, 1))
+    """(start, length) of elements, from an array of all starts and the end of the last one."""
+    ones = np.ones(len(indices), np.int64)
+    starts, stops = (read_spans(offsets, np.asarray(indices) + shift, ones) for shift in (0, 1))
     return starts, stops - starts
 
 
@@ -130,10 +130,10 @@ class ArrayWriter:
 
     def append(self, values: Sequence[int] | np.ndarray) -> None:
         while len(values):
-            part = values[: self._shard - self._count]
-            self._buffer[self._count : self._count + len(part)] = part
-            self._count += len(part)
-            values = values[len(part) :]
+            block = values[: self._shard - self._count]
+            self._buffer[self._count : self._count + len(block)] = block
+            self._count += len(block)
+            values = values[len(block) :]
             if self._count == self._shard:
                 self._flush()
 

@@ -1,4 +1,4 @@
-"""Tokens and epochs that a run needs of each source, against what there is and what is allowed."""
+"""Tokens and epochs that a run needs of each source, compared with those available and allowed."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from lemur_jax.data.mixture import Mixture
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Need:
+class SourceBudget:
     """What a run needs of one source."""
 
     name: str
@@ -30,9 +30,9 @@ class Need:
         return bool(self.max_epochs) and self.rows_wanted > Fraction(self.max_epochs) * self.rows_available
 
 
-def budget(mixture: Mixture, steps: int) -> list[Need]:
+def budget(mixture: Mixture, steps: int) -> list[SourceBudget]:
     """What a run of `steps` updates needs of each source."""
-    wanted = mixture.rows_before(steps * mixture.batch_rows)
+    rows = mixture.rows_before(steps * mixture.batch_rows)
     stages = [(name, stage.step) for name, stage in mixture.stages if stage.step < steps]
     stops = [*(start for _, start in stages[1:]), steps]
     shares = {
@@ -40,30 +40,30 @@ def budget(mixture: Mixture, steps: int) -> list[Need]:
         for (name, start), stop in zip(stages, stops, strict=True)
     }
     return [
-        Need(
+        SourceBudget(
             name=source.name,
-            rows_wanted=wanted[index],
+            rows_wanted=rows[index],
             rows_available=len(source.rows),
-            tokens_wanted=wanted[index] * source.rows.num_tokens // len(source.rows),
+            tokens_wanted=rows[index] * source.rows.num_tokens // len(source.rows),
             tokens_available=source.rows.num_tokens,
             max_epochs=source.max_epochs,
-            shares={label: parts[index] for label, parts in shares.items()},
+            shares={label: by_source[index] for label, by_source in shares.items()},
         )
         for index, source in enumerate(mixture.sources)
     ]
 
 
 def _token_shares(mixture: Mixture, start: int, stop: int) -> list[float]:
-    """The part of each source of the tokens of updates [start, stop)."""
-    first, last = (mixture.rows_before(step * mixture.batch_rows) for step in (start, stop))
+    """The share of each source in the tokens of updates [start, stop)."""
+    start_rows, stop_rows = (mixture.rows_before(step * mixture.batch_rows) for step in (start, stop))
     tokens = [
-        (after - before) * source.rows.num_tokens / len(source.rows)
-        for before, after, source in zip(first, last, mixture.sources, strict=True)
+        (stop_row - start_row) * source.rows.num_tokens / len(source.rows)
+        for start_row, stop_row, source in zip(start_rows, stop_rows, mixture.sources, strict=True)
     ]
     return [count / sum(tokens) for count in tokens]
 
 
-def check_budget(needs: Sequence[Need]) -> None:
+def check_budget(needs: Sequence[SourceBudget]) -> None:
     """Raises UserError if a source would be repeated more often than it may be."""
     for need in needs:
         if need.exceeded:
@@ -75,7 +75,7 @@ def check_budget(needs: Sequence[Need]) -> None:
             )
 
 
-def format_budget(needs: Sequence[Need]) -> str:
+def format_budget(needs: Sequence[SourceBudget]) -> str:
     """The budget as a table; with several stages also the shares in each."""
     total = sum(need.tokens_wanted for need in needs)
     stages = list(needs[0].shares) if len(needs[0].shares) > 1 else []

@@ -46,11 +46,11 @@ class DataConfig:
         object.__setattr__(self, "sources", dict(sorted(self.sources.items())))
         require(self.sequence_length >= 1, "data.sequence_length", self.sequence_length, "at least 1")
         for name, source in self.sources.items():
-            where = f"data.sources.{name}"
-            require_one_of(f"{where}.packing", source.packing, PACKINGS)
+            section = f"data.sources.{name}"
+            require_one_of(f"{section}.packing", source.packing, PACKINGS)
             require(
                 0 <= source.max_epochs < math.inf,
-                f"{where}.max_epochs", source.max_epochs, "0 (no limit) or more",
+                f"{section}.max_epochs", source.max_epochs, "0 (no limit) or more",
             )  # fmt: skip
         if self.by_epochs:
             for name, source in self.sources.items():
@@ -86,10 +86,10 @@ class DataConfig:
         distinct = len(set(steps.values())) == len(steps)
         require(distinct, "data.stages", steps, "stages that begin at different steps")
         for name, stage in self.stages.items():
-            where = f"data.stages.{name}.shares"
+            section = f"data.stages.{name}.shares"
             for source in stage.shares if self.sources or not self.mixture else ():
-                require_one_of(where, source, self.sources)
-            _check_shares({f"{where}.{source}": share for source, share in stage.shares.items()}, where)
+                require_one_of(section, source, self.sources)
+            _check_shares({f"{section}.{source}": share for source, share in stage.shares.items()}, section)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,19 +105,19 @@ class SourceCounts:
 def shares_of_epochs(
     sources: Mapping[str, SourceConfig], counts: Mapping[str, SourceCounts]
 ) -> dict[str, float]:
-    """The share of tokens of each source: as many as its epochs have."""
+    """The share of tokens of each source: its epochs times its tokens."""
     return {name: source.epochs * counts[name].tokens for name, source in sources.items()}
 
 
 def documents_per_row(sources: Mapping[str, SourceConfig], counts: Mapping[str, SourceCounts]) -> float:
     """The mean number of documents in a row of the mixture. A source's part of the rows is share · rows / tokens."""
-    parts = {name: source.share * counts[name].rows / counts[name].tokens for name, source in sources.items()}
-    documents = sum(part * counts[name].documents / counts[name].rows for name, part in parts.items())
-    return documents / sum(parts.values())
+    rates = {name: source.share * counts[name].rows / counts[name].tokens for name, source in sources.items()}
+    documents = sum(rate * counts[name].documents / counts[name].rows for name, rate in rates.items())
+    return documents / sum(rates.values())
 
 
-def _check_shares(shares: Mapping[str, float], where: str) -> None:
+def _check_shares(shares: Mapping[str, float], section: str) -> None:
     for key, share in shares.items():
         require(0 <= share < math.inf, key, share, "a number, 0 or more, and finite")
     if not any(shares.values()):
-        raise UserError(f"all shares of config.{where} are 0: give one source a share")
+        raise UserError(f"all shares of config.{section} are 0: give one source a share")

@@ -35,7 +35,7 @@ def record_counts(data: DataConfig, tokenizer: Tokenizer) -> None:
 
 
 def check_counts(mixture: Mixture, data: DataConfig, batch_documents: int) -> None:
-    """Refuses stores that are not those from which the config's epochs or batch of documents were worked out.
+    """Refuses stores other than those from which the config's epochs or batch of documents were computed.
 
     Args:
       mixture: of the training stores.
@@ -50,8 +50,8 @@ def check_counts(mixture: Mixture, data: DataConfig, batch_documents: int) -> No
     record = data.counts_record
     counts = json.loads(record.read_text()) if record.exists() else {}
     for source in mixture.sources:
-        here = count(source.rows, data.sources[source.name].packing)
-        if counts.get(source.name) != dataclasses.asdict(here):
+        current = count(source.rows, data.sources[source.name].packing)
+        if counts.get(source.name) != dataclasses.asdict(current):
             raise UserError(
                 f"{record} does not have the counts of {source.name}, from which epochs and train.batch_documents"
                 " become rows and updates: run `lemur prepare` with this config"

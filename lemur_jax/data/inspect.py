@@ -1,6 +1,6 @@
 """`lemur inspect`: what is in a token store, and what a config would train on, as text.
 
-Supervised tokens are green in color and stand in {+ +} elsewhere.
+Supervised tokens are green with color, and enclosed in {+ +} without.
 """
 
 import numpy as np
@@ -45,9 +45,9 @@ def inspect_store(
     lines += ["", "tokens of a document", *histogram(lengths)]
     for index in np.linspace(0, len(lengths) - 1, min(samples, len(lengths))).astype(int):
         ids, mask = store.document(int(index))
-        shown = np.arange(len(ids)) > 0 if mask is None else mask == 1
+        supervised = np.arange(len(ids)) > 0 if mask is None else mask == 1
         lines += ["", f"--- {printable(store.document_id(int(index)))}, {len(ids):,} tokens"]
-        lines.append(_sample(ids, shown, tokenizer, color))
+        lines.append(_sample(ids, supervised, tokenizer, color))
     if tokenizer is None:
         lines += ["", "Name the tokenizer's directory to see these as text."]
     return "\n".join(lines)
@@ -79,12 +79,12 @@ def histogram(lengths: np.ndarray) -> list[str]:
     """How many lengths lie in (2^(k-1), 2^k], one line for each k from the first that occurs."""
     exponents = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
     counts = np.bincount(exponents)
-    first = int(np.flatnonzero(counts)[0])
+    lowest = int(np.flatnonzero(counts)[0])
     scale = _BAR / counts.max()
     return [
         f"  up to {1 << exponent:>9,}  {'#' * int(np.ceil(count * scale)):<{_BAR}}  {count:,}"
         for exponent, count in enumerate(counts.tolist())
-        if exponent >= first
+        if exponent >= lowest
     ]
 
 
@@ -95,8 +95,8 @@ def _sample_row(batch: dict[str, np.ndarray], tokenizer: Tokenizer, color: bool)
     real = np.flatnonzero(segments)
     parts = []
     for segment in np.unique(segments[real[:SAMPLE_TOKENS]]):
-        inside = real[segments[real] == segment]
-        parts.append(_sample(tokens[inside], supervised[inside], tokenizer, color))
+        positions = real[segments[real] == segment]
+        parts.append(_sample(tokens[positions], supervised[positions], tokenizer, color))
     return "\n- - -\n".join(parts)
 
 
@@ -105,13 +105,13 @@ def _sample(ids: np.ndarray, supervised: np.ndarray, tokenizer: Tokenizer | None
     more = "" if len(ids) <= SAMPLE_TOKENS else " ..."
     ids, supervised = ids[:SAMPLE_TOKENS], supervised[:SAMPLE_TOKENS]
     ends = [*np.flatnonzero(np.diff(supervised)) + 1, len(ids)]
-    before, begin, parts = "", 0, []
+    previous, begin, parts = "", 0, []
     for end in ends:
         # Decoded from the beginning each time: a run alone would lose its first space.
-        shown = ids[:end].tolist()
-        text = tokenizer.decode(shown) if tokenizer else " ".join(map(str, shown)) + " "
-        parts.append(_mark(printable(text[len(before) :]), bool(supervised[begin]), color))
-        before, begin = text, end
+        prefix = ids[:end].tolist()
+        text = tokenizer.decode(prefix) if tokenizer else " ".join(map(str, prefix)) + " "
+        parts.append(_mark(printable(text[len(previous) :]), bool(supervised[begin]), color))
+        previous, begin = text, end
     return "".join(parts) + more
 
 
@@ -122,7 +122,7 @@ def _mark(text: str, supervised: bool, color: bool) -> str:
 
 
 def printable(text: str) -> str:
-    """The text without characters that would command a terminal."""
+    """The text with non-printable characters escaped, so that it cannot control a terminal."""
     return "".join(
         character if character.isprintable() or character in "\n\t" else repr(character)[1:-1]
         for character in text

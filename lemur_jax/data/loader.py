@@ -35,15 +35,15 @@ class Loader:
         self._layout = _Layout(sharding, mixture.batch_rows, mixture.length)
 
     def batch(self, step: int) -> dict[str, jax.Array]:
-        """The global batch of a step, the same whatever the mesh and the number of hosts.
+        """The global batch of a step, the same for any mesh and number of hosts.
 
         Returns:
           tokens, targets, segment_ids, positions: int32 [B, T]; loss_weights: float32 [B, T], as of
           `Rows.read`; source_ids: int32 [B], indices into `mixture.sources`.
         """
         source_ids, row_indices = self.mixture.locate(step)
-        mine = self._layout.rows
-        return self._layout.place(self.mixture.read(source_ids[mine], row_indices[mine]), source_ids[mine])
+        local = self._layout.rows
+        return self._layout.place(self.mixture.read(source_ids[local], row_indices[local]), source_ids[local])
 
     def iterate(
         self, start_step: int, stop_step: int
@@ -63,13 +63,13 @@ def held_out_batches(
     chosen = chosen_rows(len(rows), max_rows)
     count = len(chosen)
 
-    def batch(first: int) -> dict[str, jax.Array]:
-        indices = first + layout.rows
-        real = indices < count
+    def batch(start: int) -> dict[str, jax.Array]:
+        indices = start + layout.rows
+        exists = indices < count
         # The first row stands in for rows past the end, and is blanked.
-        read = rows.read(chosen[np.where(real, indices, 0)])
-        blanked = {key: values * real[:, None].astype(values.dtype) for key, values in read.items()}
-        return layout.place(blanked, np.zeros(len(indices), np.int32))
+        data = rows.read(chosen[np.where(exists, indices, 0)])
+        masked = {key: values * exists[:, None].astype(values.dtype) for key, values in data.items()}
+        return layout.place(masked, np.zeros(len(indices), np.int32))
 
     return _read_ahead(batch, range(0, count, batch_rows))
 
@@ -78,8 +78,8 @@ def chosen_rows(count: int, max_rows: int) -> np.ndarray:
     """The rows that are scored, int64, ascending: all, or `max_rows` of `count` by a fixed permutation."""
     if not 0 < max_rows < count:
         return np.arange(count)
-    places = np.arange(max_rows)
-    return np.sort(permute(places, count, key_of("held-out rows"), np.zeros_like(places)))
+    positions = np.arange(max_rows)
+    return np.sort(permute(positions, count, key_of("held-out rows"), np.zeros_like(positions)))
 
 
 class _Layout:
@@ -95,11 +95,11 @@ class _Layout:
         spec = sharding.spec
         self._row_sharding = NamedSharding(sharding.mesh, PartitionSpec(spec[0] if len(spec) else None))
         shards = sharding.addressable_devices_indices_map(self._shape).values()
-        held = np.zeros(batch_rows, bool)
+        is_local = np.zeros(batch_rows, bool)
         for row_slice, _ in shards:
-            held[row_slice] = True
-        self.rows = np.flatnonzero(held)
-        self._place = np.cumsum(held) - 1  # where a row of the batch is among `rows`
+            is_local[row_slice] = True
+        self.rows = np.flatnonzero(is_local)
+        self._place = np.cumsum(is_local) - 1  # where a row of the batch is among `rows`
 
     def place(self, batch: Batch, source_ids: np.ndarray) -> dict[str, jax.Array]:
         """Arrays of the whole batch out of this process' rows of it."""
@@ -117,13 +117,13 @@ class _Layout:
 def _read_ahead(read: Callable[[int], T], keys: Iterable[int]) -> Generator[T, None, None]:
     """`read(key)` of each key in order; a thread reads `_AHEAD` of them ahead."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="read-ahead")
-    ahead: collections.deque[Future[T]] = collections.deque()
+    pending: collections.deque[Future[T]] = collections.deque()
     try:
         for key in keys:
-            ahead.append(pool.submit(read, key))
-            if len(ahead) > _AHEAD:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+            pending.append(pool.submit(read, key))
+            if len(pending) > _AHEAD:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)

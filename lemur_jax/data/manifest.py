@@ -46,10 +46,10 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """sha256 (hex) of what the tokens are, whatever program version stored them, and how."""
+        """sha256 (hex) of what determines the tokens, independent of program version and storage format."""
         fields = dataclasses.asdict(self)
         del fields["created_with"], fields["arrays"]
-        fields["format_version"] = 1  # so that a run that began with a store of format 1 goes on
+        fields["format_version"] = 1  # so that a run that began with a store of format 1 can continue
         if not self.preferences:  # the same with or without these fields
             del fields["preferences"]
         if not self.label_field:
@@ -63,12 +63,12 @@ def read_manifest(path: epath.PathLike) -> Manifest:
     file = directory / "manifest.json"
     if not file.exists():
         below = [*directory.glob("*/manifest.json"), *directory.glob("*/*/manifest.json")]
-        inside = sorted(str(found.parent.relative_to(directory)) for found in below)
-        if inside:
-            shown = " or ".join(inside[:_SHOWN_LABELS])
-            raise UserError(f"{path} is no token store but has some in it: name {shown} as well")
-        what = "is none, or unfinished (it has no manifest.json)" if directory.exists() else "does not exist"
-        raise UserError(f"the token store {path} {what}: make it with `lemur prepare --config ...`")
+        stores = sorted(str(child.parent.relative_to(directory)) for child in below)
+        if stores:
+            names = " or ".join(stores[:_SHOWN_LABELS])
+            raise UserError(f"{path} is no token store but has some in it: name {names} as well")
+        state = "is none, or unfinished (it has no manifest.json)" if directory.exists() else "does not exist"
+        raise UserError(f"the token store {path} {state}: make it with `lemur prepare --config ...`")
     remake = "make it again with `lemur prepare --config ...`"
     try:
         version = json.loads(file.read_text())["format_version"]
@@ -84,6 +84,6 @@ def read_manifest(path: epath.PathLike) -> Manifest:
 def describe_labels(manifest: Manifest) -> str:
     """The labels with most documents, for people."""
     labels = manifest.labels
-    most = sorted(labels, key=lambda label: (-labels[label]["documents"], label))
-    shown = ", ".join(f"{label or '(none)'} {labels[label]['documents']:,}" for label in most[:_SHOWN_LABELS])
-    return shown + (f" and {len(most) - _SHOWN_LABELS:,} more" if len(most) > _SHOWN_LABELS else "")
+    top = sorted(labels, key=lambda label: (-labels[label]["documents"], label))
+    text = ", ".join(f"{label or '(none)'} {labels[label]['documents']:,}" for label in top[:_SHOWN_LABELS])
+    return text + (f" and {len(top) - _SHOWN_LABELS:,} more" if len(top) > _SHOWN_LABELS else "")

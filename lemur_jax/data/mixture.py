@@ -38,7 +38,7 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Stretch:
+class _StageRows:
     """A stage by rows: its first row, the rows each source has had before, and how sources take turns."""
 
     first_row: int
@@ -85,29 +85,29 @@ class Mixture:
             raise UserError(
                 "data.sources is empty: name at least one seqio task with a share, e.g. code=dict(share=1.0)"
             )
-        own = {source.name: source.share for source in sources}
+        shares = {source.name: source.share for source in sources}
         self.sources = tuple(sources)
         self.stages = (
-            ("start", StageConfig(step=0, shares=own)),
-            *sorted(stages, key=lambda named: named[1].step),
+            ("start", StageConfig(step=0, shares=shares)),
+            *sorted(stages, key=lambda item: item[1].step),
         )
         self.seed = seed
         self.batch_rows = batch_rows
         self.length = sources[0].rows.length
         self._keys = [key_of("rows", int(seed), source.name) for source in sources]
-        self._stretches: list[_Stretch] = []
+        self._stage_rows: list[_StageRows] = []
         for _, stage in self.stages:
             row = stage.step * batch_rows
             visited = self.rows_before(row) if row else [0] * len(sources)
             splits = _splits(sources, stage.shares)
-            self._stretches.append(_Stretch(first_row=row, visited=visited, splits=splits))
+            self._stage_rows.append(_StageRows(first_row=row, visited=visited, splits=splits))
 
     def rows_before(self, row: int) -> list[int]:
         """How many of the first `row` rows of the run each source has; they add up to `row`."""
         return self._stretch(row).rows_before(row)
 
-    def _stretch(self, row: int) -> _Stretch:
-        return self._stretches[bisect.bisect(self._stretches, row, key=lambda each: each.first_row) - 1]
+    def _stretch(self, row: int) -> _StageRows:
+        return self._stage_rows[bisect.bisect(self._stage_rows, row, key=lambda each: each.first_row) - 1]
 
     def locate(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The rows of the global batch at a step.
@@ -118,40 +118,40 @@ class Mixture:
         """
         row = step * self.batch_rows
         stretch = self._stretch(row)
-        first = row - stretch.first_row  # a stage begins with a batch, so this one lies in it whole
+        offset = row - stretch.first_row  # stages begin with a batch, so the batch is within one
         source_ids = np.empty(self.batch_rows, np.int32)
         row_indices = np.empty(self.batch_rows, np.int64)
-        left = np.arange(self.batch_rows)  # places not yet given to a source
+        unassigned = np.arange(self.batch_rows)  # rows of the batch that have no source yet
         for index, visited in enumerate(stretch.rows_before(row)):
             numerator, denominator = stretch.splits[index]
             # Python's integers carry the run so far; inside the batch int64 is enough.
-            remainder = (2 * first * numerator + denominator) % (2 * denominator)
-            turns = (remainder + 2 * numerator * np.arange(len(left) + 1)) // (2 * denominator)
+            remainder = (2 * offset * numerator + denominator) % (2 * denominator)
+            turns = (remainder + 2 * numerator * np.arange(len(unassigned) + 1)) // (2 * denominator)
             taken = np.diff(turns) > 0
-            mine, left = left[taken], left[~taken]
-            source_ids[mine] = index
-            row_indices[mine] = self.visits(index, visited, len(mine))
-            first -= visited - stretch.visited[index]
+            assigned, unassigned = unassigned[taken], unassigned[~taken]
+            source_ids[assigned] = index
+            row_indices[assigned] = self.visits(index, visited, len(assigned))
+            offset -= visited - stretch.visited[index]
         return source_ids, row_indices
 
     def read(self, source_ids: np.ndarray, row_indices: np.ndarray) -> Batch:
         """Reads rows that `locate` names; arrays as of `Rows.read`."""
         batch: Batch = {}
         for index in np.unique(source_ids):
-            places = np.flatnonzero(source_ids == index)
-            for key, values in self.sources[index].rows.read(row_indices[places]).items():
+            positions = np.flatnonzero(source_ids == index)
+            for key, values in self.sources[index].rows.read(row_indices[positions]).items():
                 if key not in batch:
                     batch[key] = np.empty((len(source_ids), self.length), values.dtype)
-                batch[key][places] = values
+                batch[key][positions] = values
         return batch
 
     def documents(self, step: int, places: Sequence[int] | None = None) -> list[str]:
         """`source/document` for each document in these rows of a step's batch, or all; each once, in order."""
         source_ids, row_indices = self.locate(step)
-        names: dict[str, None] = {}  # ordered, without doubles
-        for place in range(self.batch_rows) if places is None else places:
-            source = self.sources[source_ids[place]]
-            documents = source.rows.documents(int(row_indices[place]))
+        names: dict[str, None] = {}  # an ordered set
+        for row in range(self.batch_rows) if places is None else places:
+            source = self.sources[source_ids[row]]
+            documents = source.rows.documents(int(row_indices[row]))
             names.update(dict.fromkeys(f"{source.name}/{document}" for document in documents))
         return list(names)
 
@@ -162,9 +162,9 @@ class Mixture:
     def visits(self, index: int, visited: int, count: int) -> np.ndarray:
         """Row indices of a source's reads number `visited` to `visited + count - 1`."""
         size = len(self.sources[index].rows)
-        epoch, place = divmod(visited, size)
-        places = place + np.arange(count)
-        return permute(places % size, size, self._keys[index], epoch + places // size)
+        epoch, offset = divmod(visited, size)
+        offsets = offset + np.arange(count)
+        return permute(offsets % size, size, self._keys[index], epoch + offsets // size)
 
 
 def open_mixture(data: DataConfig, tokenizer: Tokenizer, *, seed: int, batch_rows: int) -> Mixture:
@@ -208,10 +208,10 @@ def _splits(sources: Sequence[Source], shares: Mapping[str, float]) -> list[tupl
         Fraction(str(shares.get(source.name, 0))) * len(source.rows) / source.rows.num_tokens
         for source in sources
     ]
-    left = sum(weights)
+    remaining = sum(weights)
     splits = []
     for weight in weights:
-        part = (weight / left if left else Fraction(0)).limit_denominator(_MAX_DENOMINATOR)
-        splits.append((part.numerator, part.denominator))
-        left -= weight
+        fraction = (weight / remaining if remaining else Fraction(0)).limit_denominator(_MAX_DENOMINATOR)
+        splits.append((fraction.numerator, fraction.denominator))
+        remaining -= weight
     return splits

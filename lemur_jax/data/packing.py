@@ -52,13 +52,13 @@ class Packing:
 
     def __init__(self, folder: epath.Path):
         self.counts = PackingCounts(**read_sealed(folder / "packing.json"))
-        opening = {name: open_array(folder / name, digest=self.counts.arrays[name]) for name in _DTYPES}
-        self._arrays = {name: future.result() for name, future in opening.items()}
+        futures = {name: open_array(folder / name, digest=self.counts.arrays[name]) for name in _DTYPES}
+        self._arrays = {name: future.result() for name, future in futures.items()}
 
     def spans(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of rows, int64 [R]: how many documents each has, [R], and (start, length) of these in the store's tokens."""
-        first, counts = read_bounds(self._arrays["row_offsets"], rows)
-        starts, lengths = (read_spans(self._arrays[name], first, counts) for name in ("starts", "lengths"))
+        offsets, counts = read_bounds(self._arrays["row_offsets"], rows)
+        starts, lengths = (read_spans(self._arrays[name], offsets, counts) for name in ("starts", "lengths"))
         return counts, starts, lengths.astype(np.int64)
 
     def documents(self, row: int) -> np.ndarray:
@@ -118,7 +118,7 @@ def _write(store: TokenStore, length: int, folder: epath.Path) -> epath.Path:
             documents = np.arange(group, store.num_documents, groups)
             starts = offsets[documents]
             lengths = offsets[documents + 1] - starts
-            cut = starts[lengths > length], lengths[lengths > length]
+            truncated = starts[lengths > length], lengths[lengths > length]
             lengths = np.minimum(lengths, length)
             order, row_offsets = pack(lengths, length)
             for name, values in (("documents", documents), ("starts", starts), ("lengths", lengths)):
@@ -127,9 +127,9 @@ def _write(store: TokenStore, length: int, folder: epath.Path) -> epath.Path:
             totals["documents"] += len(documents)
             totals["rows"] += len(row_offsets) - 1
             totals["tokens"] += int(lengths.sum())
-            totals["truncated"] += len(cut[0])
+            totals["truncated"] += len(truncated[0])
             if store.manifest.has_loss_mask:
-                totals["without_targets"] += _count_without_targets(store, *cut, length)
+                totals["without_targets"] += _count_without_targets(store, *truncated, length)
     for writer in writers.values():
         writer.close()
     arrays = {name: metadata_digest(folder / name) for name in writers}
@@ -145,15 +145,15 @@ def _count_without_targets(store: TokenStore, starts: np.ndarray, sizes: np.ndar
     count, step = 0, max(1, _COPIED // length)
     # The rejected conversation may begin anywhere.
     sizes = sizes if store.manifest.preferences else np.minimum(sizes, length)
-    for first in range(0, len(starts), step):
-        read = sizes[first : first + step]
-        mask = store.loss_mask(starts[first : first + step], read)
-        begins = np.cumsum(read) - read
-        place = np.arange(len(mask)) - np.repeat(begins, read)
-        conversations = np.flatnonzero((place == 0) | (mask == REJECTED))
-        is_target = (mask == 1) & (place > 0) & (place < length)  # the first token is none
-        without = conversations[~np.logical_or.reduceat(is_target, conversations)]
-        count += len(np.unique(np.searchsorted(begins, without, side="right")))
+    for start in range(0, len(starts), step):
+        batch = sizes[start : start + step]
+        mask = store.loss_mask(starts[start : start + step], batch)
+        begins = np.cumsum(batch) - batch
+        position = np.arange(len(mask)) - np.repeat(begins, batch)
+        conversations = np.flatnonzero((position == 0) | (mask == REJECTED))
+        is_target = (mask == 1) & (position > 0) & (position < length)  # the first token is none
+        untargeted = conversations[~np.logical_or.reduceat(is_target, conversations)]
+        count += len(np.unique(np.searchsorted(begins, untargeted, side="right")))
     return count
 
 
@@ -165,21 +165,21 @@ def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """
     order = np.argsort(-lengths, kind="stable")
     rows = np.empty(len(lengths), np.int64)
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows with so much room left
-    nonempty = 0  # bit r: by_room[r] is not empty
+    rows_by_space: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by remaining space
+    nonempty = 0  # bit s: rows_by_space[s] is not empty
     count = 0
     for document, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
         fitting = nonempty >> length
         if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1  # the least that is enough
-            row = by_room[room].pop()
-            if not by_room[room]:
-                nonempty ^= 1 << room
+            space = length + (fitting & -fitting).bit_length() - 1  # the least that is enough
+            row = rows_by_space[space].pop()
+            if not rows_by_space[space]:
+                nonempty ^= 1 << space
         else:
-            room, row = capacity, count
+            space, row = capacity, count
             count += 1
         rows[document] = row
-        if room > length:
-            by_room[room - length].append(row)
-            nonempty |= 1 << (room - length)
+        if space > length:
+            rows_by_space[space - length].append(row)
+            nonempty |= 1 << (space - length)
     return np.argsort(rows, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(rows))])

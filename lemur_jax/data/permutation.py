@@ -26,20 +26,20 @@ def permute(values: np.ndarray, size: int, key: int, tweaks: np.ndarray) -> np.n
     # Narrower halves make only a few of the possible permutations.
     half = max(2, ((size - 1).bit_length() + 1) // 2)
     keys = _mix(_mix(tweaks.astype(np.uint64)) ^ np.uint64(key))
-    out = values.astype(np.uint64)
-    walking = np.arange(len(out))
-    while len(walking):
-        out[walking] = _feistel(out[walking], half, keys[walking])
-        walking = walking[out[walking] >= size]
-    return out.astype(np.int64)
+    result = values.astype(np.uint64)
+    pending = np.arange(len(result))
+    while len(pending):
+        result[pending] = _feistel(result[pending], half, keys[pending])
+        pending = pending[result[pending] >= size]
+    return result.astype(np.int64)
 
 
 def _feistel(values: np.ndarray, half: int, keys: np.ndarray) -> np.ndarray:
     """A permutation of [0, 4^half) for each key."""
     shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
     left, right = values >> shift, values & mask
-    for number in range(_ROUNDS):
-        keys = _mix(keys + np.uint64(number + 1))
+    for i in range(_ROUNDS):
+        keys = _mix(keys + np.uint64(i + 1))
         left, right = right, left ^ (_mix(right ^ keys) & mask)
     return (left << shift) | right
 

@@ -56,7 +56,7 @@ class Rows(Protocol):
 class ConcatRows(Rows):
     """The token stream cut every T: row i has inputs [i T, (i+1) T) and targets one further.
 
-    A document that is cut goes on in the next row, as a segment of its own with positions from 0. The target of a
+    A document that is cut continues in the next row, as a segment of its own with positions from 0. The target of a
     document's last token, which would be the next document's first, weighs 0. The last row is padded.
     """
 
@@ -97,14 +97,14 @@ class ConcatRows(Rows):
 class FitRows(Rows):
     """Whole documents packed into rows of T by best-fit decreasing; longer ones are cut at T.
 
-    Inside a row documents stand in the store's order. The same store and T give the same rows. In a store of
+    Inside a row documents are in the store's order. The same store and T give the same rows. In a store of
     preferences, document n = 1, 2, ... of a row is the segments 2 n (chosen) and 2 n + 1 (rejected).
 
     Attributes:
       without_targets: documents without a supervised token in their first T; of pairs, where one answer has none.
 
     Raises:
-      UserError: no document has a supervised token within T; of preferences `train.inputs` refuses this.
+      UserError: no document has a supervised token within T; for preferences `train.inputs` refuses this.
     """
 
     def __init__(self, store: TokenStore, length: int):
@@ -131,15 +131,15 @@ class FitRows(Rows):
         begins[ends - lengths] = True
         mask = self.store.loss_mask(starts, lengths) if self.store.manifest.has_loss_mask else None
         rejected = np.zeros_like(begins) if mask is None else mask == REJECTED
-        parts = begins | rejected
+        segment_begins = begins | rejected
         # The next of the joined tokens is the target, unless it begins a document.
-        has_target = ~np.append(parts[1:], True)
+        has_target = ~np.append(segment_begins[1:], True)
         weights = has_target if mask is None else has_target & (np.append(mask[1:], 0) == 1)
         targets = np.append(flat[1:], 0) * has_target
-        tokens, targets, weights, begins, rejected, parts = (
-            _scatter(values, real) for values in (flat, targets, weights, begins, rejected, parts)
+        tokens, targets, weights, begins, rejected, segment_begins = (
+            _scatter(values, real) for values in (flat, targets, weights, begins, rejected, segment_begins)
         )
-        batch = _batch(tokens, targets, weights, parts, real)
+        batch = _batch(tokens, targets, weights, segment_begins, real)
         if self.store.manifest.preferences:
             batch["segment_ids"] = _sides(begins, rejected) * real
         return batch
@@ -150,31 +150,31 @@ class FitRows(Rows):
 
 def _sides(begins: np.ndarray, rejected: np.ndarray) -> np.ndarray:
     """Segment ids of documents that begin where `begins` is true, and their rejected parts where `rejected` is."""
-    here = np.arange(begins.shape[1], dtype=np.int32)
-    document, part = (np.maximum.accumulate(np.where(each, here, -1), axis=1) for each in (begins, rejected))
+    index = np.arange(begins.shape[1], dtype=np.int32)
+    document, part = (np.maximum.accumulate(np.where(mask, index, -1), axis=1) for mask in (begins, rejected))
     return 2 * np.cumsum(begins, axis=1, dtype=np.int32) + (part >= document)
 
 
 def _report_without_targets(store: TokenStore, length: int, count: int) -> None:
-    what, lost = "no supervised token", "nothing is trained on them"
+    problem, consequence = "no supervised token", "nothing is trained on them"
     if store.manifest.preferences:
-        what, lost = "an answer without a token", "only kto trains on their other answer"
-    said = (
-        f"the token store {store.path}: {count:,} of {store.num_documents:,} documents have {what} in their first"
-        f" {length:,}, so {lost}: raise data.sequence_length or shorten the prompts"
+        problem, consequence = "an answer without a token", "only kto trains on their other answer"
+    message = (
+        f"the token store {store.path}: {count:,} of {store.num_documents:,} documents have {problem} in their first"
+        f" {length:,}, so {consequence}: raise data.sequence_length or shorten the prompts"
     )
     if count == store.num_documents and not store.manifest.preferences:
-        raise UserError(said)
-    logger.warning(said)
+        raise UserError(message)
+    logger.warning(message)
 
 
 def _batch(
     tokens: np.ndarray, targets: np.ndarray, weights: np.ndarray, begins: np.ndarray, real: np.ndarray
 ) -> Batch:
     """A batch whose segments begin where `begins` [R, T] is true; padding is 0 everywhere."""
-    here = np.arange(tokens.shape[1], dtype=np.int32)
+    index = np.arange(tokens.shape[1], dtype=np.int32)
     segments = np.cumsum(begins, axis=1, dtype=np.int32)
-    positions = here - np.maximum.accumulate(np.where(begins, here, 0), axis=1)
+    positions = index - np.maximum.accumulate(np.where(begins, index, 0), axis=1)
     return {
         "tokens": (tokens * real).astype(np.int32),
         "targets": targets.astype(np.int32),
@@ -184,10 +184,10 @@ def _batch(
     }
 
 
-def _scatter(values: np.ndarray, where: np.ndarray) -> np.ndarray:
-    """Puts values [n] at the n true places of `where`, in order; 0 elsewhere."""
-    if where.all():
-        return values.reshape(where.shape)
-    out = np.zeros(where.shape, values.dtype)
-    out[where] = values
-    return out
+def _scatter(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Puts values [n] at the n true positions of `mask`, in order; 0 elsewhere."""
+    if mask.all():
+        return values.reshape(mask.shape)
+    result = np.zeros(mask.shape, values.dtype)
+    result[mask] = values
+    return result

@@ -35,8 +35,8 @@ class TokenStore:
         names += ["loss_mask"] * manifest.has_loss_mask + ["labels"] * bool(manifest.label_field)
         digests = manifest.arrays
         try:
-            opening = {name: open_array(path / name, digest=digests.get(name, "")) for name in names}
-            self._arrays = {name: future.result() for name, future in opening.items()}
+            futures = {name: open_array(path / name, digest=digests.get(name, "")) for name in names}
+            self._arrays = {name: future.result() for name, future in futures.items()}
         except (ValueError, AttributeError) as error:  # the second: metadata that is JSON but no object
             raise UserError(
                 f"the token store {path} is damaged; make it again with `lemur prepare --config ...`:"
@@ -95,12 +95,12 @@ class TokenStore:
 
     def verify(self) -> None:
         """Reads the whole store once; UserError: a file is missing or damaged, or an id lies outside the vocabulary."""
-        for first in range(0, self.num_tokens, _VERIFIED):
-            self.tokens(np.array([first]), np.array([min(_VERIFIED, self.num_tokens - first)]))
+        for start in range(0, self.num_tokens, _VERIFIED):
+            self.tokens(np.array([start]), np.array([min(_VERIFIED, self.num_tokens - start)]))
         for name, array in self._arrays.items():
             if name != "tokens":
-                for first in range(0, array.shape[0], _VERIFIED):
-                    finish(array[first : min(first + _VERIFIED, array.shape[0])].read())
+                for start in range(0, array.shape[0], _VERIFIED):
+                    finish(array[start : min(start + _VERIFIED, array.shape[0])].read())
 
     def document_starts(
         self, starts: np.ndarray, stops: np.ndarray
@@ -113,11 +113,11 @@ class TokenStore:
           then by position.
         """
         blocks = self._arrays["block_documents"]
-        after = (stops - 1) // BLOCK + 1  # the first block that begins at `stop` or later
-        inside = after < blocks.shape[0]
+        next_block = (stops - 1) // BLOCK + 1  # the first block that begins at `stop` or later
+        in_range = next_block < blocks.shape[0]
         ends = np.full(len(stops), self.num_documents - 1)
-        first, last = blocks[starts // BLOCK].read(), blocks[after[inside]].read()
-        first, ends[inside] = finish(first), finish(last)
+        first, last = blocks[starts // BLOCK].read(), blocks[next_block[in_range]].read()
+        first, ends[in_range] = finish(first), finish(last)
         counts = ends - first + 1
         bounds = self._spans("offsets", first, counts + 1)
         tail = np.cumsum(counts + 1) - 1
@@ -153,8 +153,8 @@ class TokenStore:
 
     def has_pairs(self) -> bool:
         """Whether a document is a chosen and a rejected conversation; of a store of preferences."""
-        for first in range(0, self.num_documents, _PAIRED):
-            documents = np.arange(first, min(first + _PAIRED, self.num_documents))
+        for start in range(0, self.num_documents, _PAIRED):
+            documents = np.arange(start, min(start + _PAIRED, self.num_documents))
             starts, lengths = read_bounds(self._arrays["offsets"], documents)
             mask = self.loss_mask(starts, lengths)
             if (np.delete(mask, starts - starts[0]) == REJECTED).any():
@@ -173,7 +173,7 @@ class TokenStore:
         """Labels of documents; "" in a store without."""
         if not self.manifest.label_field:
             return [""] * len(indices)
-        names = {of_label["number"]: label for label, of_label in self.manifest.labels.items()}
+        names = {entry["number"]: label for label, entry in self.manifest.labels.items()}
         numbers = self._spans("labels", indices, np.ones(len(indices), np.int64))
         return [names[number] for number in numbers.tolist()]
 
@@ -184,11 +184,11 @@ class TokenStore:
 def _check_tokenizer(path: epath.PathLike, manifest: Manifest, tokenizer: Tokenizer) -> None:
     if compatible(tokenizer, manifest.tokenizer_digest, manifest.added_tokens):
         return
-    theirs, ours = manifest.tokenizer_digest[:8], tokenizer.digest[:8]
+    stored, current = manifest.tokenizer_digest[:8], tokenizer.digest[:8]
     odd = sorted(manifest.added_tokens.items() - tokenizer.added_tokens.items(), key=lambda pair: pair[1])
-    more = f", and its control token {odd[0][0]} has id {odd[0][1]}" if odd and theirs == ours else ""
+    more = f", and its control token {odd[0][0]} has id {odd[0][1]}" if odd and stored == current else ""
     raise UserError(
-        f"the token store {path} was made with the tokenizer {theirs}{more}; the one given is {ours}"
+        f"the token store {path} was made with the tokenizer {stored}{more}; the one given is {current}"
         f"{' without that' if more else ''}: point tokenizer.path at the one that made it, or make the store"
         " again with `lemur prepare --config ...`"
     )

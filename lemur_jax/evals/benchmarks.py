@@ -51,9 +51,9 @@ class TaskResult:
 
     task: str  # its name, e.g. "HumanEval"
     score: float | None = None  # percent for the paper's benchmarks; None if it could not be run
-    # metrics, verdicts and the like, as JSON takes them
+    # metrics, verdicts and the like, as JSON values
     detail: dict[str, Any] = dataclasses.field(default_factory=dict)
-    missing: str = ""  # what to bring, if it could not be run
+    missing: str = ""  # what is needed, if it could not be run
 
 
 def evaluate(
@@ -64,7 +64,7 @@ def evaluate(
     suite: str = "",
     scores: Mapping[str, float] | None = None,
 ) -> Iterator[TaskResult]:
-    """Runs tasks one after another, each when its result is asked for.
+    """Runs tasks one after another, each when its result is requested.
 
     Args:
       tasks: "humaneval", "mbpp", or names of the harness's tasks and of those in `include_path`.
@@ -103,17 +103,17 @@ def check_tasks(tasks: Sequence[str], options: Options) -> None:
 
 
 def _run_code(session: Session, task: str, options: Options) -> TaskResult:
-    how: dict[str, Any] = {"chat": options.chat, "max_new_tokens": options.max_new_tokens or 512}
+    settings: dict[str, Any] = {"chat": options.chat, "max_new_tokens": options.max_new_tokens or 512}
     if task == "humaneval":
         found = problems.humaneval()
         sampling = dataclasses.replace(code.HUMANEVAL_SAMPLING, seed=options.seed)
-        how |= {"stops": code.HUMANEVAL_STOPS, "sampling": sampling}
+        settings |= {"stops": code.HUMANEVAL_STOPS, "sampling": sampling}
     else:
         found = _mbpp(options)
-        how |= {"stops": code.MBPP_STOPS, "sampling": code.MBPP_SAMPLING, "cut": code.cut_mbpp}
-    verdicts = code.solve(session, found[: options.limit], **how)
-    counts = collections.Counter(one.verdict for one in verdicts)
-    answers = [dataclasses.asdict(one) for one in verdicts]
+        settings |= {"stops": code.MBPP_STOPS, "sampling": code.MBPP_SAMPLING, "cut": code.cut_mbpp}
+    verdicts = code.solve(session, found[: options.limit], **settings)
+    counts = collections.Counter(verdict.verdict for verdict in verdicts)
+    answers = [dataclasses.asdict(verdict) for verdict in verdicts]
     detail = {"problems": len(verdicts), "verdicts": dict(counts.most_common()), "answers": answers}
     return TaskResult(task=CODE[task], score=100 * counts["passed"] / len(verdicts), detail=detail)
 
@@ -134,8 +134,8 @@ def _run_harness(session: Session, task: str, options: Options) -> TaskResult:
 
     from lemur_jax.evals.harness import LemurLM
 
-    longest = options.max_new_tokens
-    generation: dict[str, Any] = {"max_gen_toks": longest} if longest else {}
+    max_tokens = options.max_new_tokens
+    generation: dict[str, Any] = {"max_gen_toks": max_tokens} if max_tokens else {}
     if options.chat and task == PAPER["GSM8K"][0]:
         generation["until"] = []  # a chat model reasons in paragraphs, and ends its answer itself
     try:
@@ -153,15 +153,15 @@ def _run_harness(session: Session, task: str, options: Options) -> TaskResult:
     except (ConnectionError, FileNotFoundError) as error:
         raise UserError(
             f"task {task!r}: its data set is not in the cache and the hub cannot be reached"
-            f" ({reason_of(error)}): run it once where there is a network, or bring its cache (HF_HOME)"
+            f" ({reason_of(error)}): run it once where there is a network, or copy its cache here (HF_HOME)"
         ) from error
-    numbers = {
+    by_task = {
         name: {key: value for key, value in metrics.items() if isinstance(value, int | float)}
         for name, metrics in result["results"].items()
     }
     # A tag, and a group that does not aggregate, have no numbers of their own.
-    parts = {f"{name} {key}": value for name, metrics in numbers.items() for key, value in metrics.items()}
-    return TaskResult(task=task, detail={"metrics": numbers.get(task) or parts})
+    flat = {f"{name} {key}": value for name, metrics in by_task.items() for key, value in metrics.items()}
+    return TaskResult(task=task, detail={"metrics": by_task.get(task) or flat})
 
 
 def _load_task(manager: Any, task: str) -> list[Any]:
@@ -175,23 +175,23 @@ def _load_task(manager: Any, task: str) -> list[Any]:
             f"task {task!r} cannot be set up ({reason_of(error)}): correct its file or its data"
         ) from error
     groups, tasks = loaded["groups"], loaded["tasks"]
-    for mark, what in (
+    for flag, reason in (
         ("UNSAFE_CODE", "runs answers outside the sandbox"),
         ("MULTIMODAL", "shows pictures"),
     ):
-        if any(getattr(one, mark, False) for one in tasks.values()):
-            raise UserError(f"task {task!r} {what}: leave it out (humaneval and mbpp run in the sandbox)")
+        if any(getattr(one, flag, False) for one in tasks.values()):
+            raise UserError(f"task {task!r} {reason}: leave it out (humaneval and mbpp run in the sandbox)")
     return [groups[task]] if task in groups else list(tasks.values())
 
 
 @contextlib.contextmanager
 def _cache_without_hub() -> Iterator[None]:
-    """Where the hub cannot be reached, data sets come from the cache at once, not after half a minute of retries."""
+    """Where the hub cannot be reached, data sets come from the cache at once, without half a minute of retries."""
     import datasets
     from huggingface_hub import constants
 
     url = urllib.parse.urlsplit(constants.ENDPOINT)
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    saved = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     try:
         if not urllib.request.getproxies():
             place = url.hostname or "", url.port or {"http": 80}.get(url.scheme, 443)
@@ -201,7 +201,7 @@ def _cache_without_hub() -> Iterator[None]:
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = saved
 
 
 @functools.lru_cache(maxsize=4)
@@ -211,16 +211,16 @@ def _task_manager(task: str, options: Options) -> Any:
 
     from lm_eval.tasks import TaskManager  # isort: skip
 
-    ours = str(pathlib.Path(__file__).parent / "tasks")
-    paths = [ours, options.include_path] if options.include_path else [ours]
+    own_tasks = str(pathlib.Path(__file__).parent / "tasks")
+    paths = [own_tasks, options.include_path] if options.include_path else [own_tasks]
     if not pathlib.Path(paths[-1]).is_dir():
         raise UserError(f"--include-path {options.include_path} is no directory")
     for defaults in (False, True):
         manager = TaskManager(include_path=paths, include_defaults=defaults, metadata={"data": options.data})
         if task in manager.all_tasks:
             return manager
-    near = difflib.get_close_matches(task, sorted({*manager.all_tasks, *CODE}), 3)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    matches = difflib.get_close_matches(task, sorted({*manager.all_tasks, *CODE}), 3)
+    hint = f"did you mean {' or '.join(matches)}? " if matches else ""
     raise UserError(
         f"unknown task {task!r}: {hint}see lm_eval ls tasks, or name the directory of its file with --include-path"
     )
@@ -229,15 +229,15 @@ def _task_manager(task: str, options: Options) -> Any:
 def format_results(results: Sequence[TaskResult], name: str) -> str:
     """A table of ours beside the paper's scores, then all metrics, then what is missing."""
     by_task = {item.task: item for item in results}
-    shown = [task for task in next(iter(PUBLISHED.values())) if task in by_task]
+    columns = [task for task in next(iter(PUBLISHED.values())) if task in by_task]
     lines = []
-    if shown:
+    if columns:
         width = max(map(len, (*PUBLISHED, name)))
-        lines.append(" " * width + "".join(f"{task:>11}" for task in shown))
-        ours = {task: by_task[task].score for task in shown}
-        rows: dict[str, dict[str, float | None]] = {**PUBLISHED, name: ours}
+        lines.append(" " * width + "".join(f"{task:>11}" for task in columns))
+        scores = {task: by_task[task].score for task in columns}
+        rows: dict[str, dict[str, float | None]] = {**PUBLISHED, name: scores}
         for model, row in rows.items():
-            cells = ("--" if row[task] is None else f"{row[task]:.1f}" for task in shown)
+            cells = ("--" if row[task] is None else f"{row[task]:.1f}" for task in columns)
             lines.append(f"{model:<{width}}" + "".join(f"{cell:>11}" for cell in cells))
     for item in results:
         lines += [f"{item.task}  {key}  {value:.4f}" for key, value in item.detail.get("metrics", {}).items()]
@@ -250,6 +250,6 @@ def format_results(results: Sequence[TaskResult], name: str) -> str:
 
 
 def to_json(results: Sequence[TaskResult], checkpoint: str) -> dict[str, Any]:
-    """Everything found, answers included, as JSON takes it."""
-    whole = [dataclasses.asdict(item) for item in results]
-    return {"checkpoint": checkpoint, "published": PUBLISHED, "results": whole}
+    """All results, answers included, as JSON values."""
+    records = [dataclasses.asdict(item) for item in results]
+    return {"checkpoint": checkpoint, "published": PUBLISHED, "results": records}

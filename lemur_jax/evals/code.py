@@ -41,7 +41,7 @@ def solve(
 
     Args:
       stops: strings that end generation, and the answer before them.
-      cut: takes an answer to what is run.
+      cut: maps an answer to the code that is run.
       chat: ask in the model's chat template.
 
     Raises:
@@ -50,12 +50,12 @@ def solve(
     tokenizer = session.need_tokenizer()
     limit = min(max_new_tokens, session.model.max_position_embeddings // 2)
 
-    def ids(problem: Problem) -> list[int]:
+    def encode(problem: Problem) -> list[int]:
         if not chat:
             return tokenizer.encode(problem.prompt)
-        asked, _ = encode_chat(tokenizer, problem.turns, add_generation_prompt=True)
-        return [*asked, *tokenizer.encode(problem.opening, prefix=False)]
+        chat_ids, _ = encode_chat(tokenizer, problem.turns, add_generation_prompt=True)
+        return [*chat_ids, *tokenizer.encode(problem.opening, prefix=False)]
 
-    prompts = [ids(problem) for problem in problems]
-    texts = complete(session, prompts, max_new_tokens=limit, stops=stops, sampling=sampling)
-    return judge(problems, [cut(text.text) for text in texts])
+    prompts = [encode(problem) for problem in problems]
+    completions = complete(session, prompts, max_new_tokens=limit, stops=stops, sampling=sampling)
+    return judge(problems, [cut(completion.text) for completion in completions])

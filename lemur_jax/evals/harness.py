@@ -40,9 +40,9 @@ class LemurLM(TemplateLM):
     """A session behind the harness's interface.
 
     Args:
-      session: the model; or else
+      session: the model; None: opens the checkpoint.
       checkpoint: opened with `mesh`, `dtype`, `step` and `weights` of `options` as `lemur generate` takes them.
-      add_bos: put in front of every text what the tokenizer puts there.
+      add_bos: begin every text with the tokenizer's prefix.
       batch_tokens: tokens of a batch, padding and room for generation included.
       seed: of sampling.
       options: others that the harness passes (batch_size, device and the like) are ignored.
@@ -102,10 +102,10 @@ class LemurLM(TemplateLM):
                     f" {self.max_length}: leave the task out"
                 )
             tokens = [*context, *continuation][-(self.max_length + 1) :]
-            cut = len(tokens) - len(continuation)
-            pairs.append((tokens[:cut], tokens[cut:]))
-        found = score(self.session, pairs, batch_tokens=self.batch_tokens)
-        results = [(item.total, all(item.greedy)) for item in found]
+            split = len(tokens) - len(continuation)
+            pairs.append((tokens[:split], tokens[split:]))
+        scores = score(self.session, pairs, batch_tokens=self.batch_tokens)
+        results = [(item.total, all(item.greedy)) for item in scores]
         for (texts, _, _), result in zip(requests, results, strict=True):
             if texts is not None:
                 self.cache_hook.add_partial("loglikelihood", texts, result)
@@ -116,10 +116,10 @@ class LemurLM(TemplateLM):
         windows, owners = [], []
         for index, request in enumerate(requests):
             (text,) = request.args
-            cut = utils.get_rolling_token_windows(
+            pieces = utils.get_rolling_token_windows(
                 self.tok_encode(text), self.prefix_token_id, max_seq_len=self.max_length, context_len=1
             )
-            for context, continuation in map(utils.make_disjoint_window, cut):
+            for context, continuation in map(utils.make_disjoint_window, pieces):
                 windows.append((None, context, continuation))
                 owners.append(index)
         totals = [0.0] * len(requests)
@@ -135,8 +135,8 @@ class LemurLM(TemplateLM):
         for index, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(index)
         answers: dict[int, str] = {}
-        for members in groups.values():
-            options = normalize_gen_kwargs(requests[members[0]].args[1])
+        for indices in groups.values():
+            options = normalize_gen_kwargs(requests[indices[0]].args[1])
             if (limit := options["max_gen_toks"]) >= self.max_length:
                 raise UserError(
                     f"a task wants {limit} new tokens, the model's max_position_embeddings are {self.max_length}:"
@@ -147,18 +147,18 @@ class LemurLM(TemplateLM):
                     f"a task wants num_beams {beams}: answers are sampled or greedy, leave the task out"
                 )
             stops = [stop for stop in options.get("until") or [] if stop]
-            texts = complete(
+            completions = complete(
                 self.session,
-                [self.tok_encode(requests[index].args[0]) or [self.prefix_token_id] for index in members],
+                [self.tok_encode(requests[index].args[0]) or [self.prefix_token_id] for index in indices],
                 max_new_tokens=limit,
                 stops=stops,
                 sampling=self._sampling(options),
-                seeds=members,
+                seeds=indices,
                 batch_tokens=self.batch_tokens,
             )
-            for index, text in zip(members, texts, strict=True):
+            for index, completion in zip(indices, completions, strict=True):
                 # Decoded without its prompt, as the `hf` model does.
-                answer = self.tokenizer.decode(text.content, skip_special=True)
+                answer = self.tokenizer.decode(completion.content, skip_special=True)
                 answers[index] = postprocess_generated_text(answer, stops, None)
                 self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])
         return [answers[index] for index in range(len(requests))]

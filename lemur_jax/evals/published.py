@@ -52,7 +52,7 @@ AGENTS: dict[str, dict[str, float]] = {
 PUBLISHED: dict[str, dict[str, float | None]] = {
     model: dict(zip(_BENCHMARKS, scores, strict=True)) for model, scores in _TABLE_3.items()
 }
-# Benchmarks of the paper that have harnesses of their own; docs/evaluation.md has the commands whole.
+# Benchmarks of the paper that have harnesses of their own; docs/evaluation.md has the full commands.
 ELSEWHERE = {
     "Spider": "bigcode-eval --task spider, then test-suite-sql-eval",
     "MultiPL-E": "bigcode-eval --task multiple-LANGUAGE",
@@ -61,23 +61,23 @@ ELSEWHERE = {
 
 
 def parse_scores(text: str) -> dict[str, float]:
-    """{"Spider": 62.8} of "Spider=62.8": what harnesses of their own have found.
+    """Scores of other harnesses, e.g. "Spider=62.8" as {"Spider": 62.8}.
 
     Raises:
       UserError: not such a text, or another benchmark.
     """
-    found = {}
-    for part in filter(None, text.split(",")):
-        name, _, score = part.partition("=")
+    scores = {}
+    for item in filter(None, text.split(",")):
+        name, _, score = item.partition("=")
         try:
-            found[name] = float(score)
+            scores[name] = float(score)
         except ValueError:
-            found[name] = math.nan
-        if name not in ELSEWHERE or not 0 <= found[name] <= 100:
+            scores[name] = math.nan
+        if name not in ELSEWHERE or not 0 <= scores[name] <= 100:
             raise UserError(
-                f"cannot read the score {part!r}: write per cent of {', '.join(ELSEWHERE)}, e.g. Spider=62.8"
+                f"cannot read the score {item!r}: write per cent of {', '.join(ELSEWHERE)}, e.g. Spider=62.8"
             )
-    return found
+    return scores
 
 
 def agents_table(scores: Mapping[str, float], name: str) -> list[list[str]]:
@@ -91,8 +91,8 @@ def agents_table(scores: Mapping[str, float], name: str) -> list[list[str]]:
 
 def format_agents(scores: Mapping[str, float], name: str) -> str:
     """`agents_table` as text."""
-    last = max(20, len(name) + 2)
+    width = max(20, len(name) + 2)
     return "\n".join(
-        f"{row:<22}{''.join(f'{cell:>20}' for cell in cells)}{ours:>{last}}"
-        for row, *cells, ours in agents_table(scores, name)
+        f"{row:<22}{''.join(f'{cell:>20}' for cell in cells)}{score:>{width}}"
+        for row, *cells, score in agents_table(scores, name)
     )

@@ -6,9 +6,9 @@ from jax.sharding import NamedSharding
 
 from lemur_jax.infer.session import Session
 from lemur_jax.parallel.mesh import platform
-from lemur_jax.parallel.rules import batch_ways, spec
+from lemur_jax.parallel.rules import batch_shards, spec
 
-# Positions are padded to multiples of this many; accelerators, whose attention kernels need whole registers, to LANES.
+# Positions are padded to multiples of UNIT; for accelerators, whose attention kernels need whole registers, of LANES.
 UNIT, LANES = 32, 128
 
 
@@ -18,13 +18,13 @@ def bucket(size: int) -> int:
     return -(-size // step) * step
 
 
-def row_ways(session: Session) -> int:
+def row_shards(session: Session) -> int:
     """Devices over which the rows of a batch are sharded."""
-    return batch_ways(session.mesh)
+    return batch_shards(session.mesh)
 
 
 def chunk_length(session: Session) -> int:
-    """The unit of `padded_length`, and the tokens of a prompt that are read at a time."""
+    """The unit of `padded_length`, and the number of tokens of a prompt that are read at a time."""
     on_cpu = platform(session.mesh) == "cpu" and session.compute.attention != "splash"
     return UNIT if on_cpu else LANES
 
@@ -36,7 +36,7 @@ def padded_length(session: Session, size: int) -> int:
 
 
 def put(session: Session, array: np.ndarray) -> jax.Array:
-    """A batch array on the mesh; every host holds the same NumPy array and passes its own part."""
+    """A batch array on the mesh; every host holds the same NumPy array and passes its own shard."""
     axes = ("batch", "width", "width")[: array.ndim]
     sharding = NamedSharding(session.mesh, spec(session.mesh, axes, array.shape))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])

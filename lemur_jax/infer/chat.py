@@ -9,7 +9,7 @@ from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
 from lemur_jax.text.chat_template import Message, encode_chat, stop_ids
 
-STEPS = 8  # tokens of an answer between two looks at it
+STEPS = 8  # tokens of an answer between two outputs
 HELP = "/reset forgets the conversation, /exit leaves, Ctrl-C cuts an answer short"
 
 
@@ -95,20 +95,20 @@ def converse(
             messages = list(start)
             write("(forgotten)\n")
         elif line:
-            asked = [*messages, {"role": "user", "content": line}]
+            history = [*messages, {"role": "user", "content": line}]
             try:
-                kept = fit(session, asked, max_new_tokens)
-                if dropped := len(asked) - len(kept):
+                turns = fit(session, history, max_new_tokens)
+                if dropped := len(history) - len(turns):
                     write(f"(the first {dropped} turns no longer fit the model's context and are left out)\n")
                 answer = _write_answer(
-                    reply(session, kept, max_new_tokens=max_new_tokens, sampling=sampling, seed=turn), write
+                    reply(session, turns, max_new_tokens=max_new_tokens, sampling=sampling, seed=turn), write
                 )
             except UserError as error:
                 if not continue_on_error:
                     raise
                 write(f"({error})\n")
             else:
-                messages = [*kept, {"role": "assistant", "content": answer}]
+                messages = [*turns, {"role": "assistant", "content": answer}]
     return messages
 
 

@@ -8,7 +8,7 @@ from lemur_jax.infer.engine import SLOTS, Engine, Request
 from lemur_jax.infer.generate import Completion, completion, make_engine, make_requests
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
-from lemur_jax.infer.text import INCOMPLETE, continuation, settled
+from lemur_jax.infer.text import INCOMPLETE, continuation, num_settled_tokens
 from lemur_jax.text.chat_template import stop_ids
 
 
@@ -22,7 +22,7 @@ def complete(
     seeds: Sequence[int] | None = None,
     batch_tokens: int = SLOTS,
 ) -> list[Completion]:
-    """Continues every prompt until a stop id, a stop string or `max_new_tokens`; too long prompts lose their beginning.
+    """Continues every prompt until a stop id, a stop string or `max_new_tokens`; prompts too long lose their beginning.
 
     Args:
       prompts: ids, none of them empty.
@@ -33,9 +33,9 @@ def complete(
     Raises:
       UserError: there is no tokenizer, or `max_new_tokens` leave no space for a prompt.
     """
-    longest = max(1, session.model.max_position_embeddings - max_new_tokens)
-    prompts, ends = [prompt[-longest:] for prompt in prompts], stop_ids(session.need_tokenizer())
-    requests = make_requests(prompts, max_new_tokens, ends, sampling, seeds)
+    max_prompt = max(1, session.model.max_position_embeddings - max_new_tokens)
+    prompts, stop_tokens = [prompt[-max_prompt:] for prompt in prompts], stop_ids(session.need_tokenizer())
+    requests = make_requests(prompts, max_new_tokens, stop_tokens, sampling, seeds)
     return finish(session, make_engine(session, requests, batch_tokens), requests, stops)
 
 
@@ -43,10 +43,10 @@ def finish(
     session: Session, engine: Engine, requests: Sequence[Request], stops: Sequence[str] = ()
 ) -> list[Completion]:
     """Runs an engine until these requests, which it has, are answered."""
-    waiting = answers(session, engine, requests, stops)
+    generator = answers(session, engine, requests, stops)
     while True:
         try:
-            next(waiting)
+            next(generator)
         except StopIteration as end:
             return end.value
         engine.step()
@@ -57,19 +57,19 @@ def answers(
 ) -> Generator[None, None, list[Completion]]:
     """The completions of requests that were submitted; yields whenever the engine must make a step.
 
-    Closed before its end, it cancels the requests.
+    If it is closed before its end, it cancels the requests.
     """
-    found: dict[int, Completion] = {}
+    completions: dict[int, Completion] = {}
     try:
-        while len(found) < len(requests):
+        while len(completions) < len(requests):
             yield
             for index, request in enumerate(requests):
-                if index not in found and request.tokens and (request.finish_reason or stops):
+                if index not in completions and request.tokens and (request.finish_reason or stops):
                     answer = with_text(session, request, stops)
                     if answer.finish_reason:
                         engine.cancel(request)
-                        found[index] = answer
-        return list(map(found.__getitem__, range(len(requests))))
+                        completions[index] = answer
+        return list(map(completions.__getitem__, range(len(requests))))
     finally:
         for request in requests:
             engine.cancel(request)
@@ -80,9 +80,9 @@ def pieces(
 ) -> Generator[tuple[str, str] | None]:
     """(text, "") for each piece of an answer, then ("", finish reason); None whenever the engine must make a step.
 
-    The possible beginning of a stop string is held back. Closed before its end, it cancels the request.
+    The possible beginning of a stop string is held back. If it is closed before its end, it cancels the request.
     """
-    shown, margin = 0, max(map(len, stops), default=1) - 1
+    sent, margin = 0, max(map(len, stops), default=1) - 1
     try:
         while True:
             yield None
@@ -90,9 +90,9 @@ def pieces(
             text = answer.text
             if not answer.finish_reason:
                 text = text[: max(0, len(text) - margin)]
-            if len(text) > shown:
-                yield text[shown:], ""
-                shown = len(text)
+            if len(text) > sent:
+                yield text[sent:], ""
+                sent = len(text)
             if answer.finish_reason:
                 yield "", answer.finish_reason
                 return
@@ -101,10 +101,10 @@ def pieces(
 
 
 def with_text(session: Session, request: Request, stops: Sequence[str] = ()) -> Completion:
-    """What a request has got, with its text up to the first of the stop strings, which end it.
+    """The completion of a request so far, with its text up to the first stop string, which ends it.
 
-    The tokens end with the one that completes a stop string: how many the engine has made since depends on others.
-    `text` of an answer that goes on lacks what later tokens can change: byte tokens and an incomplete character.
+    The tokens end with the one that completes a stop string: how many follow depends on other requests.
+    `text` of an unfinished answer lacks what later tokens can change: byte tokens and an incomplete character.
     """
     answer, tokenizer = completion(request), session.need_tokenizer()
     tokens, stops = answer.content, [stop for stop in stops if stop]
@@ -114,20 +114,22 @@ def with_text(session: Session, request: Request, stops: Sequence[str] = ()) -> 
         return text + continuation(tokenizer, [*request.prompt, *tokens[:start]], tokens[start:count])
 
     def stopped(text: str) -> bool:
-        whole = text.rstrip(INCOMPLETE)  # of a character that goes on nothing is known yet
-        return any(stop in whole for stop in stops)
+        stable = text.rstrip(INCOMPLETE)  # without an incomplete character at the end
+        return any(stop in stable for stop in stops)
 
-    known = len(tokens) if answer.finish_reason else settled(tokenizer, tokens)
-    text = text_of(known)
+    num_settled = len(tokens) if answer.finish_reason else num_settled_tokens(tokenizer, tokens)
+    text = text_of(num_settled)
     if not stopped(text):
         if not text.endswith(INCOMPLETE):
-            request.decoded = known, text
+            request.decoded = num_settled, text
         return dataclasses.replace(answer, text=text if answer.finish_reason else text.rstrip(INCOMPLETE))
     first = bisect.bisect_left(
-        range(known), True, key=lambda count: stopped(text_of(settled(tokenizer, tokens[:count])))
+        range(num_settled),
+        True,
+        key=lambda count: stopped(text_of(num_settled_tokens(tokenizer, tokens[:count]))),
     )
-    # A byte token may complete it, in a run that later ones have completed.
-    counts = range(settled(tokenizer, tokens[: first - 1]) + 1, first + 1)
+    # A byte token may complete it, in a run of byte tokens that ends later.
+    counts = range(num_settled_tokens(tokenizer, tokens[: first - 1]) + 1, first + 1)
     count = next(count for count in counts if stopped(text_of(count)))
     text = text_of(count)
     return dataclasses.replace(

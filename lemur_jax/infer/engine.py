@@ -1,7 +1,7 @@
 """Continuous batching: requests share one decode program, and a row that ends is given to the next request at once.
 
 A request waits, its prompt is read in chunks into a small cache, its keys are copied to a free row, and it is decoded
-with all others until it ends or is cancelled. What it gets depends on its own arguments alone, up to rounding.
+with all others until it ends or is cancelled. Its tokens depend only on its own arguments, up to rounding.
 
 If a prompt begins with whole chunks of an earlier prompt, the engine copies their keys from that prompt's row, until
 the row is reassigned: the turns of a conversation, or requests with the same instructions, read what is new.
@@ -16,14 +16,14 @@ import jax
 import numpy as np
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.infer.batching import bucket, chunk_length, padded_length, put, row_ways
+from lemur_jax.infer.batching import bucket, chunk_length, padded_length, put, row_shards
 from lemur_jax.infer.programs import CHUNK, DecodeRows, empty_rows
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
 
-# Most rows, and most slots of all rows together, for each way in which the mesh shards rows.
+# Most rows, and most slots of all rows together, for each shard of rows on the mesh.
 ROWS, SLOTS = 16, 8192
-# Most prompts in one prefill for each of these ways; without sharded rows, a second program reads fewer prompts.
+# Most prompts in one prefill for each shard; without sharded rows, a second program reads fewer prompts.
 PROMPTS, FEW_PROMPTS = 8, 2
 GREEDY = Sampling()
 # Steps of decode between two chunks of prompts if all rows are in decode, else in proportion.
@@ -32,7 +32,7 @@ STEPS_IN_PREFILL = 4
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Request:
-    """One sequence, and what has been chosen for it so far.
+    """One sequence, and the tokens that were chosen for it so far.
 
     Attributes:
       tokens, logprobs: chosen ids and their log-probabilities in nats under the model's own distribution.
@@ -74,14 +74,14 @@ class Engine:
     Args:
       session: whose parameters are read at each step. Setting another session of the same model and mesh discards
         earlier prompts.
-      rows: sequences at a time; 0: `ROWS` for each way in which the mesh shards rows.
-      slots: most tokens of the cache for each way, all rows together, unless one row needs more.
+      rows: sequences at a time; 0: `ROWS` for each shard of rows on the mesh.
+      slots: most tokens of the cache for each shard, all rows together, unless one row needs more.
       length: tokens that every row takes from the start; longer requests wait until the rows are made longer.
     """
 
     def __init__(self, session: Session, rows: int = 0, slots: int = SLOTS, length: int = 0):
-        ways = row_ways(session)
-        self._most_rows, self._most_slots = -(-(rows or ROWS * ways) // ways) * ways, slots * ways
+        shards = row_shards(session)
+        self._max_rows, self._max_slots = -(-(rows or ROWS * shards) // shards) * shards, slots * shards
         self._length = length
         self._waiting: collections.deque[Request] = collections.deque()
         self._shape = (0, 0, 0)  # B, S, J
@@ -89,7 +89,7 @@ class Engine:
         self._long = np.zeros(0, bool)  # rows whose keys are rotated for long texts
         self._rows: list[Request | None] = []
         self._prompts: list[_Prompt | None] = []
-        self._recalled: dict[int, int] = {}  # new prompt -> the row that holds its beginning
+        self._prefix_rows: dict[int, int] = {}  # new prompt -> the row that holds its beginning
         self._order: list[int] = []  # rows, the least recently used first
         self._cache: Any = None
         self._prompt_cache: Any = None
@@ -103,8 +103,10 @@ class Engine:
     @session.setter
     def session(self, session: Session) -> None:
         self._session = session
-        self._held: list[list[int]] = [[] for _ in self._rows]  # whole chunks of prompts in the cache
-        self._recalled.clear()
+        self._cached_prompts: list[list[int]] = [
+            [] for _ in self._rows
+        ]  # whole chunks of prompts in the cache
+        self._prefix_rows.clear()
         for prompt in filter(None, self._prompts):
             prompt.done = 0
 
@@ -128,11 +130,11 @@ class Engine:
         request.finish_reason = request.finish_reason or "cancelled"
 
     def step(self, steps: int = 32) -> list[Request]:
-        """One chunk of prefill and up to `steps` tokens of decode; the requests that got tokens."""
+        """Runs a chunk of prefill and up to `steps` tokens of decode; returns the requests that got tokens."""
         if not 1 <= steps <= CHUNK:
             raise UserError(f"steps is {steps}: it must be between 1 and {CHUNK}")
-        self._waiting = collections.deque(one for one in self._waiting if not one.finish_reason)
-        self._rows = [one if one and not one.finish_reason else None for one in self._rows]
+        self._waiting = collections.deque(request for request in self._waiting if not request.finish_reason)
+        self._rows = [request if request and not request.finish_reason else None for request in self._rows]
         self._assign()
         if reading := any(self._prompts):
             self._prefill()
@@ -140,7 +142,7 @@ class Engine:
 
     def release(self) -> None:
         """Frees the cache, until the next request is given a row; none may be in progress."""
-        self._shape, self._rows, self._held, self._prompts = (0, 0, 0), [], [], []
+        self._shape, self._rows, self._cached_prompts, self._prompts = (0, 0, 0), [], [], []
         self._cache = self._prompt_cache = self._device_rows = None
 
     def _assign(self) -> None:
@@ -148,23 +150,23 @@ class Engine:
         if self._waiting and not any(self._rows):
             self._resize()
         while self._waiting and None in self._rows and self._fits(self._waiting[0]):
-            prompt, long = list(self._waiting[0].prompt), self._is_long(self._waiting[0])
+            tokens, long = list(self._waiting[0].prompt), self._is_long(self._waiting[0])
             row = None
-            same = (one for one in self._prompts if one and (one.tokens, one.long) == (prompt, long))
-            found = next(same, None)
-            if not found:
+            same = (one for one in self._prompts if one and (one.tokens, one.long) == (tokens, long))
+            prompt = next(same, None)
+            if not prompt:
                 if None not in self._prompts:
                     return
-                found, row = self._begin(prompt, long)
+                prompt, row = self._begin(tokens, long)
             if row is None:
                 free = [row for row in self._order if self._rows[row] is None]
-                row = min(free, key=lambda row: bool(self._held[row]))
-            self._rows[row] = found.requests[row] = self._waiting.popleft()
+                row = min(free, key=lambda row: bool(self._cached_prompts[row]))
+            self._rows[row] = prompt.requests[row] = self._waiting.popleft()
             self._ready[row] = False
             self._mark_used(row)
 
     def _is_long(self, request: Request) -> bool:
-        """Whether a request takes LongRoPE's factors for long texts: where it may need them at its end."""
+        """Whether a request takes LongRoPE's factors for long texts: if its greatest length needs them."""
         model = self.session.model
         return (
             model.rope_scaling == "longrope" and request.length > model.rope_original_max_position_embeddings
@@ -175,24 +177,24 @@ class Engine:
 
         A prompt is read on the devices of the row whose chunks it copies.
         """
-        rows, ways = len(self._rows), row_ways(self.session)
+        rows, shards = len(self._rows), row_shards(self.session)
         free = [slot for slot, one in enumerate(self._prompts) if one is None]
-        slots = {slot * ways // len(self._prompts): slot for slot in reversed(free)}
+        slots = {slot * shards // len(self._prompts): slot for slot in reversed(free)}
         unit = chunk_length(self.session)
         shared = [
-            _shared(held, tokens, unit) if row * ways // rows in slots and self._long[row] == long else 0
-            for row, held in enumerate(self._held)
+            _shared(cached, tokens, unit) if row * shards // rows in slots and self._long[row] == long else 0
+            for row, cached in enumerate(self._cached_prompts)
         ]
-        most = max(shared)
-        if not most:
+        length = max(shared)
+        if not length:
             prompt = self._prompts[free[0]] = _Prompt(tokens, long, {})
             return prompt, None
-        row = shared.index(most)
-        slot = slots[row * ways // rows]
-        prompt = self._prompts[slot] = _Prompt(tokens, long, {}, most)
-        self._recalled[slot] = row
+        row = shared.index(length)
+        slot = slots[row * shards // rows]
+        prompt = self._prompts[slot] = _Prompt(tokens, long, {}, length)
+        self._prefix_rows[slot] = row
         self._mark_used(row)
-        return prompt, row if self._rows[row] is None and len(self._held[row]) == most else None
+        return prompt, row if self._rows[row] is None and len(self._cached_prompts[row]) == length else None
 
     def _mark_used(self, row: int) -> None:
         self._order.remove(row)
@@ -204,30 +206,30 @@ class Engine:
     def _resize(self) -> None:
         """Makes the rows long enough for all waiting requests; no row is in use.
 
-        Rows that an earlier request made long, and so few, are made shorter where more of them are wanted.
+        Rows that an earlier request made long, and therefore few, are made shorter if more rows are needed.
         """
-        ways, (_, S, J) = row_ways(self.session), self._shape
-        wanted = max(self._length, *(one.length for one in self._waiting), 2 * chunk_length(self.session))
-        wanted = padded_length(self.session, wanted)
+        shards, (_, S, J) = row_shards(self.session), self._shape
+        length = max(self._length, *(one.length for one in self._waiting), 2 * chunk_length(self.session))
+        length = padded_length(self.session, length)
 
-        def rows(slots: int) -> int:
-            return max(ways, min(self._most_rows, self._most_slots // slots) // ways * ways)
+        def num_rows(slots: int) -> int:
+            return max(shards, min(self._max_rows, self._max_slots // slots) // shards * shards)
 
-        if wanted > S:
-            S = wanted
-        elif rows(S) < min(len(self._waiting), rows(wanted)):
-            # No shorter than all rows can be: every length is another program.
-            S = max(wanted, padded_length(self.session, self._most_slots // self._most_rows))
+        if length > S:
+            S = length
+        elif num_rows(S) < min(len(self._waiting), num_rows(length)):
+            # Not shorter than needed to have all rows: every length is another program.
+            S = max(length, padded_length(self.session, self._max_slots // self._max_rows))
         J = max(J, 4, *(bucket(len(one.stop_ids)) for one in self._waiting))
-        B = rows(S)
+        B = num_rows(S)
         if self._shape != (B, S, J):
-            P = min(B, PROMPTS * ways)
-            run = self.session.programs
-            self.release()  # before there is another cache beside it
+            P = min(B, PROMPTS * shards)
+            programs = self.session.programs
+            self.release()  # before the new cache is allocated
             self._shape, self._rows, self._prompts = (B, S, J), [None] * B, [None] * P
-            self._held, self._order = [[] for _ in range(B)], list(range(B))
+            self._cached_prompts, self._order = [[] for _ in range(B)], list(range(B))
             self._ready, self._long = np.zeros(B, bool), np.zeros(B, bool)
-            self._cache, self._prompt_cache = run.empty(B, S), run.empty(P, S)
+            self._cache, self._prompt_cache = programs.empty(B, S), programs.empty(P, S)
             self._device_rows = self._put(empty_rows(B, S, J))
 
     def _put(self, rows: DecodeRows) -> DecodeRows:
@@ -238,12 +240,12 @@ class Engine:
 
         The last token of a prompt is left to decode, which chooses what follows it.
         """
-        run, C, P = self.session.programs, chunk_length(self.session), len(self._prompts)
-        if self._recalled:
-            rows = np.array([self._recalled.get(slot, -1) for slot in range(P)], np.int32)
-            self._prompt_cache = run.recall(self._prompt_cache, self._cache, put(self.session, rows))
-            self._recalled.clear()
-        if row_ways(self.session) == 1 and not any(self._prompts[FEW_PROMPTS:]):
+        programs, C, P = self.session.programs, chunk_length(self.session), len(self._prompts)
+        if self._prefix_rows:
+            rows = np.array([self._prefix_rows.get(slot, -1) for slot in range(P)], np.int32)
+            self._prompt_cache = programs.recall(self._prompt_cache, self._cache, put(self.session, rows))
+            self._prefix_rows.clear()
+        if row_shards(self.session) == 1 and not any(self._prompts[FEW_PROMPTS:]):
             P = min(P, FEW_PROMPTS)
         tokens, start, long = np.zeros((P, C), np.int32), np.zeros(P, np.int32), np.zeros(P, bool)
         for index, prompt in enumerate(self._prompts):
@@ -251,24 +253,24 @@ class Engine:
                 piece = prompt.tokens[prompt.done : prompt.done + C]
                 tokens[index, : len(piece)], start[index], long[index] = piece, prompt.done, prompt.long
         arrays = (put(self.session, array) for array in (tokens, start, long))
-        self._prompt_cache = run.prefill(self.session.params, self._prompt_cache, *arrays)
+        self._prompt_cache = programs.prefill(self.session.params, self._prompt_cache, *arrays)
         B, S, J = self._shape
         source, new = np.full(B, -1, np.int32), empty_rows(B, S, J)
         for index, prompt in enumerate(self._prompts):
             if not prompt:
                 continue
             prompt.done += C
-            here = {row: one for row, one in prompt.requests.items() if self._rows[row] is one}
-            if here and prompt.done < len(prompt.tokens) - 1:
+            active = {row: one for row, one in prompt.requests.items() if self._rows[row] is one}
+            if active and prompt.done < len(prompt.tokens) - 1:
                 continue
-            for row, request in here.items():
+            for row, request in active.items():
                 source[row], self._ready[row] = index, True
                 new.long[row] = self._long[row] = prompt.long
-                self._held[row] = prompt.tokens[: (len(prompt.tokens) - 1) // C * C]
+                self._cached_prompts[row] = prompt.tokens[: (len(prompt.tokens) - 1) // C * C]
                 _fill(new, row, request)
             self._prompts[index] = None
         if (source >= 0).any():
-            self._cache, self._device_rows = run.admit(
+            self._cache, self._device_rows = programs.admit(
                 self._cache, self._device_rows, self._prompt_cache, put(self.session, source), self._put(new)
             )
 
@@ -284,9 +286,9 @@ class Engine:
         if reading:
             steps = min(steps, max(1, STEPS_IN_PREFILL * int(keep.sum()) // len(keep)))
         busy = max(0, int(keep.sum()) - max(1, len(keep) // 8)) if self._waiting else 0
-        numbers = (put(self.session, keep), np.int32(steps), np.int32(busy))
+        arguments = (put(self.session, keep), np.int32(steps), np.int32(busy))
         self._cache, self._device_rows, *chosen = self.session.programs.decode(
-            self.session.params, self._cache, self._device_rows, *numbers
+            self.session.params, self._cache, self._device_rows, *arguments
         )
         tokens, logprobs = map(np.asarray, chosen)
         progressed = []
@@ -306,10 +308,10 @@ class Engine:
         return progressed
 
 
-def _shared(held: list[int], tokens: list[int], unit: int) -> int:
+def _shared(cached: list[int], tokens: list[int], unit: int) -> int:
     """The number of tokens in the whole chunks that both begin with; a chunk has `unit` tokens."""
     count = 0
-    while count < len(held) and held[count : count + unit] == tokens[count : count + unit]:
+    while count < len(cached) and cached[count : count + unit] == tokens[count : count + unit]:
         count += unit
     return count
 
@@ -333,11 +335,11 @@ def check_request(session: Session, what: str, prompt: Sequence[int], limit: int
     if limit < 1:
         raise UserError(f"max_new_tokens of {what} is {limit}: it must be at least 1")
     check_ids(session, what, prompt)
-    longest = session.model.max_position_embeddings
-    if len(prompt) + limit > longest:
+    max_length = session.model.max_position_embeddings
+    if len(prompt) + limit > max_length:
         raise UserError(
             f"{what} has {len(prompt)} tokens, and with max_new_tokens {limit} it may become longer"
-            f" than the model's max_position_embeddings {longest}: shorten one of them"
+            f" than the model's max_position_embeddings {max_length}: shorten one of them"
         )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from lemur_jax.infer.batching import bucket, row_ways
+from lemur_jax.infer.batching import bucket, row_shards
 from lemur_jax.infer.engine import ROWS, SLOTS, Engine, Request, check_request
 from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import Session
@@ -81,15 +81,15 @@ def make_requests(
 
 def make_engine(session: Session, requests: Sequence[Request], slots: int = SLOTS, length: int = 0) -> Engine:
     """An engine with these requests, and with rows for all of them if they are few."""
-    ways = row_ways(session)
-    engine = Engine(session, ways * min(ROWS, bucket(-(-max(1, len(requests)) // ways))), slots, length)
+    shards = row_shards(session)
+    engine = Engine(session, shards * min(ROWS, bucket(-(-max(1, len(requests)) // shards))), slots, length)
     for request in requests:
         engine.submit(request)
     return engine
 
 
 def completion(request: Request) -> Completion:
-    """What a request has got so far."""
+    """The completion of a request so far."""
     return Completion(
         tokens=tuple(request.tokens),
         logprobs=tuple(request.logprobs),

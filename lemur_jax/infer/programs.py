@@ -18,7 +18,7 @@ from lemur_jax.models import decoder, kv_cache
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import Compute, Params
 from lemur_jax.models.kv_cache import KVCache
-from lemur_jax.parallel.rules import RULES, batch_ways, constrain
+from lemur_jax.parallel.rules import RULES, batch_shards, constrain
 
 # The most tokens of one dispatch of decode.
 CHUNK = 64
@@ -34,7 +34,7 @@ class DecodeRows:
       position: int32 [B], of the last token; its key is not in the cache yet.
       remaining: int32 [B], tokens that may still be chosen; 0: the row is free.
       seed: uint32 [B].
-      long: bool [B], as of `rope.rotary_angles`.
+      long: bool [B], as in `rope.rotary_angles`.
       stop_ids: int32 [B, J], padded with -1.
       knobs: [B] each.
     """
@@ -49,7 +49,7 @@ class DecodeRows:
 
 
 def empty_rows(B: int, S: int, J: int) -> DecodeRows:
-    """Free rows, of NumPy."""
+    """Free rows, as NumPy arrays."""
     knobs = {name: np.full(B, value) for name, value in Sampling().knobs().items()}
     zeros = np.zeros(B, np.int32)
     return DecodeRows(
@@ -92,22 +92,22 @@ class Programs:
     ) -> KVCache:
         positions = start[:, None] + jnp.arange(tokens.shape[1])
         model = decoder.bind(self._config, self._compute, params)
-        first = jax.tree.map(lambda whole: whole[:, : len(tokens)], cache)
-        _, first, _ = model(tokens, positions, self._cached(positions, jnp.max(positions)), first, long)
-        cache = jax.tree.map(lambda whole, new: whole.at[:, : len(tokens)].set(new), cache, first)
+        rows = jax.tree.map(lambda array: array[:, : len(tokens)], cache)
+        _, rows, _ = model(tokens, positions, self._cached(positions, jnp.max(positions)), rows, long)
+        cache = jax.tree.map(lambda array, new: array.at[:, : len(tokens)].set(new), cache, rows)
         return self._settle(cache)
 
     def _recall(self, prompts: KVCache, cache: KVCache, row: jax.Array) -> KVCache:
-        rows, ways = cache.key.shape[1], batch_ways(self._compute.mesh)
+        rows, shards = cache.key.shape[1], batch_shards(self._compute.mesh)
 
         def copy(prompts, cache, row):
-            here = jnp.maximum(row, 0) % (rows // ways)
-            return jnp.where((row >= 0)[:, None, None, None], cache[:, here], prompts)
+            local_row = jnp.maximum(row, 0) % (rows // shards)
+            return jnp.where((row >= 0)[:, None, None, None], cache[:, local_row], prompts)
 
         # Each device copies its own rows: the partitioner would gather the cache.
-        whole, row_spec = kv_cache.SPEC, PartitionSpec(RULES["batch"])
+        cache_spec, row_spec = kv_cache.SPEC, PartitionSpec(RULES["batch"])
         copy = jax.shard_map(
-            copy, mesh=self._compute.mesh, in_specs=(whole, whole, row_spec), out_specs=whole
+            copy, mesh=self._compute.mesh, in_specs=(cache_spec, cache_spec, row_spec), out_specs=cache_spec
         )
         return jax.tree.map(lambda prompts, cache: copy(prompts, cache, row), prompts, cache)
 
@@ -167,7 +167,7 @@ class Programs:
         return kv_cache.cached(self._config, self._compute, positions, last)
 
     def _settle(self, cache: KVCache) -> KVCache:
-        """Pins every array to its place, so that a donated one comes back where it was."""
+        """Constrains every array to its sharding, so that the buffers of a donated one can be reused."""
         return jax.tree.map(lambda array: constrain(array, self._compute.mesh, *kv_cache.AXES), cache)
 
     def _settle_rows(self, rows: DecodeRows) -> DecodeRows:
@@ -188,10 +188,10 @@ def _advance(rows: DecodeRows, logits: jax.Array) -> tuple[DecodeRows, jax.Array
     stopped = jnp.any(token[:, None] == rows.stop_ids, axis=-1)
     position = rows.position + active
     # The last token that a full row may choose has no slot, and needs none.
-    here = active[:, None] & (slots == position[:, None])
+    written = active[:, None] & (slots == position[:, None])
     rows = dataclasses.replace(
         rows,
-        tokens=jnp.where(here, token[:, None], rows.tokens),
+        tokens=jnp.where(written, token[:, None], rows.tokens),
         position=jnp.minimum(position, rows.tokens.shape[1] - 1),
         remaining=jnp.where(active & ~stopped, rows.remaining - 1, 0),
     )

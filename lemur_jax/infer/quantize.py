@@ -38,34 +38,34 @@ def check_installed() -> None:
 
 
 def leaf_quantizer(config: DecoderConfig, mesh: Mesh) -> Callable[[str, Any], Any]:
-    """A function of a parameter's path and array, which gives a matrix as a `qwix.QArray`, and others as they are.
+    """A function of a parameter's path and array that returns a matrix as a `qwix.QArray`, and others unchanged.
 
-    An abstract array gives an abstract one with shardings.
+    For an abstract array it returns an abstract one with shardings.
     """
     check_installed()
     import qwix
 
     all_axes = flatten_dict(decoder.logical_axes(config), sep="/")
 
-    def one(path: str, leaf: Any) -> Any:
+    def quantize_leaf(path: str, leaf: Any) -> Any:
         axes, summed = all_axes[path], _SUMMED.get(path.rpartition("/")[2])
         if summed is None:
             return leaf
         channels = [index for index, axis in enumerate(axes) if axis not in summed]
-        run = functools.partial(qwix.quantize, qtype="int8", channelwise_axes=channels)
-        abstract = jax.eval_shape(run, leaf)
-        places = jax.tree.map(
-            lambda part: NamedSharding(mesh, spec(mesh, scale_axes(axes, part.shape), part.shape)), abstract
+        quantizer = functools.partial(qwix.quantize, qtype="int8", channelwise_axes=channels)
+        abstract = jax.eval_shape(quantizer, leaf)
+        shardings = jax.tree.map(
+            lambda x: NamedSharding(mesh, spec(mesh, scale_axes(axes, x.shape), x.shape)), abstract
         )
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.tree.map(
-                lambda part, place: jax.ShapeDtypeStruct(part.shape, part.dtype, sharding=place),
+                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
                 abstract,
-                places,
+                shardings,
             )
-        return jax.jit(run, out_shardings=places)(leaf)
+        return jax.jit(quantizer, out_shardings=shardings)(leaf)
 
-    return one
+    return quantize_leaf
 
 
 def quantize(config: DecoderConfig, mesh: Mesh, params: Params) -> Params:
@@ -79,6 +79,6 @@ def quantize(config: DecoderConfig, mesh: Mesh, params: Params) -> Params:
     Raises:
       UserError: Qwix is not installed.
     """
-    one = leaf_quantizer(config, mesh)
-    flat = {path: one(path, leaf) for path, leaf in flatten_dict(params, sep="/").items()}
+    quantize_leaf = leaf_quantizer(config, mesh)
+    flat = {path: quantize_leaf(path, leaf) for path, leaf in flatten_dict(params, sep="/").items()}
     return unflatten_dict(flat, sep="/")

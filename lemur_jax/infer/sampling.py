@@ -4,7 +4,7 @@ Axis legend: B batch, V vocabulary.
 
 The filters and their order (repetition penalty, temperature, top-k, top-p, min-p) are those of
 `transformers`. Thresholds are found by bisection over the bits of the logits: exact, without a sort,
-and as cheap on a vocabulary that is cut over devices.
+and as cheap on a vocabulary that is sharded.
 """
 
 import dataclasses
@@ -55,12 +55,12 @@ class Sampling:
             "repetition_penalty": (1e-9 <= self.repetition_penalty <= 1e9, "between 1e-9 and 1e9 (1: off)"),
             "seed": (0 <= self.seed < 2**32, "between 0 and 2**32 - 1"),
         }
-        for name, (fine, rule) in ranges.items():
-            if not fine:
+        for name, (valid, rule) in ranges.items():
+            if not valid:
                 raise UserError(f"{name} is {getattr(self, name)}: it must be {rule}")
 
     def knobs(self) -> Knobs:
-        """What `choose` reads of it, as NumPy scalars."""
+        """The values that `choose` reads, as NumPy scalars."""
         return {
             field.name: (np.uint32 if field.name == "seed" else np.float32)(getattr(self, field.name))
             for field in dataclasses.fields(self)
@@ -105,14 +105,14 @@ def choose(
 
 def _penalize(scores: jax.Array, knobs: Knobs, history: jax.Array) -> jax.Array:
     rows = jnp.arange(len(scores))[:, None]
-    seen = jnp.zeros(scores.shape, bool).at[rows, history].max(history >= 0)
+    in_history = jnp.zeros(scores.shape, bool).at[rows, history].max(history >= 0)
     penalty = _column(knobs["repetition_penalty"])
-    return jnp.where(seen, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
+    return jnp.where(in_history, jnp.where(scores > 0, scores / penalty, scores * penalty), scores)
 
 
 def _draw(scores: jax.Array, knobs: Knobs, seeds: jax.Array, positions: jax.Array) -> jax.Array:
     temperature = _column(knobs["temperature"])
-    # At most 0, so that a temperature near 0 makes no infinity of the best.
+    # At most 0, so that a temperature near 0 does not make the best one infinite.
     scores -= jnp.max(scores, axis=-1, keepdims=True)
     filtered = restrict(scores / jnp.where(temperature > 0, temperature, 1), knobs)
     bases = jnp.broadcast_to(knobs["seed"], seeds.shape)
@@ -138,18 +138,18 @@ def restrict(scores: jax.Array, knobs: Knobs) -> jax.Array:
     """
     top_k, top_p, min_p = (_column(knobs[name]) for name in ("top_k", "top_p", "min_p"))
 
-    def where(used, keep: Callable, scores):
+    def apply_if(used, keep: Callable, scores):
         change = lambda scores: jnp.where(used, keep(scores), scores)  # noqa: E731
         return jax.lax.cond(jnp.any(used), change, lambda scores: scores, scores)
 
-    scores = where(top_k > 0, lambda x: _keep_top(x, jnp.ones_like(x), top_k), scores)
-    scores = where(top_p < 1, lambda x: _keep_top(x, jax.nn.softmax(x, axis=-1), top_p), scores)
+    scores = apply_if(top_k > 0, lambda x: _keep_top(x, jnp.ones_like(x), top_k), scores)
+    scores = apply_if(top_p < 1, lambda x: _keep_top(x, jax.nn.softmax(x, axis=-1), top_p), scores)
 
     def keep_likely(scores: jax.Array) -> jax.Array:
         limit = jnp.max(scores, axis=-1, keepdims=True) + jnp.log(min_p)
         return jnp.where(scores >= limit, scores, -jnp.inf)
 
-    return where(min_p > 0, keep_likely, scores)
+    return apply_if(min_p > 0, keep_likely, scores)
 
 
 def _keep_top(scores: jax.Array, weights: jax.Array, target: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.infer.batching import bucket, padded_length, put, row_ways
+from lemur_jax.infer.batching import bucket, padded_length, put, row_shards
 from lemur_jax.infer.engine import check_ids
 from lemur_jax.infer.session import Session
 from lemur_jax.models import decoder
@@ -97,11 +97,11 @@ def _check_request(session: Session, index: int, context: Sequence[int], continu
     if not len(context) or not len(continuation):
         raise UserError(f"request {index}: context and continuation need at least one token each")
     check_ids(session, f"request {index}", (*context, *continuation))
-    longest = session.model.max_position_embeddings
-    if len(context) + len(continuation) - 1 > longest:
+    max_length = session.model.max_position_embeddings
+    if len(context) + len(continuation) - 1 > max_length:
         raise UserError(
             f"request {index} has {len(context) + len(continuation)} tokens, the model's"
-            f" max_position_embeddings are {longest}: cut its context"
+            f" max_position_embeddings are {max_length}: cut its context"
         )
 
 
@@ -122,13 +122,13 @@ def _batches(
     """(rows, T, P, B), longest first: what does not fit in memory fails at once.
 
     Batches are filled regardless of the lengths in them. The last `FEW_BATCHES` keep one shape, and a few rows of one
-    asked position join those of `_asked(2)`: padding costs less than compiling another program.
+    asked position join those of `_position_bucket(2)`: padding costs less than compiling another program.
     """
-    ways = row_ways(session)
+    shards = row_shards(session)
     groups: dict[int, list[_Row]] = collections.defaultdict(list)
     for row in rows:
-        groups[_asked(row.asked)].append(row)
-    single, several = groups[1], groups[_asked(2)]
+        groups[_position_bucket(row.asked)].append(row)
+    single, several = groups[1], groups[_position_bucket(2)]
     if several and sum(len(row.tokens) for row in single) <= FEW_BATCHES * batch_tokens:
         several += groups.pop(1)
     for P, group in sorted(groups.items(), reverse=True):
@@ -137,15 +137,15 @@ def _batches(
         while group:
             if len(group) > FEW_BATCHES * B:
                 T = padded_length(session, len(group[0].tokens))
-                most = max(1, batch_tokens // (T * ways))
-                rest = -(-len(group) // ways)
+                max_rows = max(1, batch_tokens // (T * shards))
+                rest = -(-len(group) // shards)
                 # Equal batches instead of a last one that is nearly empty.
-                B = ways * min(most, bucket(-(-rest // -(-rest // most))))
+                B = shards * min(max_rows, bucket(-(-rest // -(-rest // max_rows))))
             yield group[:B], T, min(P, T), B
             group = group[B:]
 
 
-def _asked(size: int) -> int:
+def _position_bucket(size: int) -> int:
     """The next of 1, 16, 64, 256, ...: a few more positions of logits cost less than another program."""
     bits = (size - 1).bit_length()
     return 1 if size == 1 else max(16, 1 << (bits + bits % 2))
@@ -154,15 +154,15 @@ def _asked(size: int) -> int:
 def _pack(rows: list[_Row], T: int, P: int, B: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """int32 tokens [B, T] padded with -1, asked positions [B, P] and candidates there [B, P, E]."""
     E = 1 << (max(len(row.last) for row in rows) - 1).bit_length()
-    tokens, where, candidates = np.full((B, T), -1), np.zeros((B, P)), np.zeros((B, P, E))
+    tokens, positions, candidates = np.full((B, T), -1), np.zeros((B, P)), np.zeros((B, P, E))
     tokens[:, 0] = 0
     for index, row in enumerate(rows):
-        length, asked = len(row.tokens), row.asked
+        length, count = len(row.tokens), row.asked
         tokens[index, :length] = row.tokens
-        where[index, :asked] = np.arange(length - asked, length)
-        candidates[index, : asked - 1, 0] = row.tokens[length - asked + 1 :]
-        candidates[index, asked - 1, : len(row.last)] = row.last
-    return tokens.astype(np.int32), where.astype(np.int32), candidates.astype(np.int32)
+        positions[index, :count] = np.arange(length - count, length)
+        candidates[index, : count - 1, 0] = row.tokens[length - count + 1 :]
+        candidates[index, count - 1, : len(row.last)] = row.last
+    return tokens.astype(np.int32), positions.astype(np.int32), candidates.astype(np.int32)
 
 
 def _unpack(
@@ -174,10 +174,10 @@ def _unpack(
     top_ids: np.ndarray,
 ) -> Score:
     end = row.asked - 1
-    found = [*logprobs[:end, 0].tolist(), float(logprobs[end, row.last.index(continuation[-1])])]
+    token_logprobs = [*logprobs[:end, 0].tolist(), float(logprobs[end, row.last.index(continuation[-1])])]
     tops = zip(top_ids[: row.asked].tolist(), top[: row.asked].tolist(), strict=True)
     return Score(
-        logprobs=tuple(found),
+        logprobs=tuple(token_logprobs),
         greedy=tuple((likeliest[: row.asked] == np.asarray(continuation)).tolist()),
         top=tuple(dict(zip(ids, values, strict=True)) for ids, values in tops),
     )
@@ -194,30 +194,30 @@ def _score(
     top: int,
     params: Params,
     tokens: jax.Array,
-    where: jax.Array,
+    asked: jax.Array,
     candidates: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """Log-probabilities float32 [B, P, E] of `candidates`, the likeliest ids int32 [B, P], and log-probabilities
     and ids of the `top` likeliest [B, P, K]."""
-    (B, T), P = tokens.shape, where.shape[1]
+    (B, T), P = tokens.shape, asked.shape[1]
     model = decoder.bind(config, compute, params)
     segments = (tokens >= 0).astype(jnp.int32)
     positions = jnp.arange(T) * segments  # of padding 0, so that T does not count
     hidden, _, _ = model(jnp.maximum(tokens, 0), positions, model.packed(segments))
-    hidden = jnp.take_along_axis(hidden, where[..., None], axis=1)
+    hidden = jnp.take_along_axis(hidden, asked[..., None], axis=1)
 
     def chosen(logits, ids):  # [B, C, V], [B, C] -> [B, C]; no gather, the vocabulary may be sharded
         hit = ids[..., None] == jnp.arange(logits.shape[-1])
         return jnp.sum(jnp.where(hit, logits, 0.0), axis=-1)
 
-    def chunk(part):
-        hidden, candidates = part  # [B, C, D], [B, C, E]
+    def chunk(arrays):
+        hidden, candidates = arrays  # [B, C, D], [B, C, E]
         logits = model.logits(hidden)
         log_z = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         of_candidates = [chosen(logits, candidates[..., e]) for e in range(candidates.shape[-1])]
         likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        whole = constrain(logits - log_z, compute.mesh, "width", "width", "width") if top else log_z[..., :0]
-        return jnp.stack(of_candidates, axis=-1) - log_z, likeliest, *jax.lax.top_k(whole, top)
+        logps = constrain(logits - log_z, compute.mesh, "width", "width", "width") if top else log_z[..., :0]
+        return jnp.stack(of_candidates, axis=-1) - log_z, likeliest, *jax.lax.top_k(logps, top)
 
     size = P
     while B * size > LOGIT_POSITIONS and size % 2 == 0:

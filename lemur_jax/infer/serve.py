@@ -1,6 +1,6 @@
 """`lemur serve`: a small endpoint for OpenAI's client and for harnesses that speak HTTP.
 
-One thread runs the model on all requests at a time (`infer/engine.py`); scoring is between its steps. A request whose
+One thread runs the model on all requests at a time (`infer/engine.py`); scoring runs between its steps. A request whose
 client has left is dropped. Not supported: tools of a request (calls in an answer are text), several answers or
 log-probabilities in one stream, embeddings and keys. For production, serve the exported directory with vLLM.
 """
@@ -34,7 +34,7 @@ from lemur_jax.infer.score import score
 from lemur_jax.infer.serve_requests import (
     CHAT_FIELDS,
     COMPLETION_FIELDS,
-    MOST_TOP,
+    MAX_TOP_LOGPROBS,
     Json,
     answers_wanted,
     check_host,
@@ -55,12 +55,12 @@ from lemur_jax.text.chat_template import encode_chat, stop_ids
 
 logger = logging.getLogger(__name__)
 
-Asked = tuple[list[Generation], list[str]]  # with the strings that end an answer
+AnswerSpec = tuple[list[Generation], list[str]]  # with the strings that end an answer
 
 MOST_PROMPTS = 256  # of one request, n counted
 # A prompt with more characters for each position of the model is refused before it is tokenized.
 CHARACTERS_A_TOKEN = 64
-STOP_SECONDS = 30  # for answers that are being made when the server is stopped
+STOP_SECONDS = 30  # for answers in progress when the server is stopped
 ANSWER_SECONDS = 600.0  # until an answer, or the first part of a stream; time in the queue included
 
 
@@ -79,7 +79,7 @@ def serve(session: Session, name: str, listening: socket.socket, *, host: str) -
     """Answers requests on the socket of `listen(host, ...)` until interrupted."""
     address = f"[{host}]" if ":" in host else host
     logger.info("serving %s at http://%s:%s/v1", name, address, listening.getsockname()[1])
-    # With one address, another name in `Host` is that of a web page that made its own name point here.
+    # With one address, another name in `Host` belongs to a web page whose name resolves to it (DNS rebinding).
     any_address = host in ("0.0.0.0", "::", "")
     hosts = None if any_address else (host, "localhost", "127.0.0.1", "::1")
     app = application(session, name, hosts)
@@ -128,8 +128,8 @@ def _error(message: str, kind: str) -> Json:
 
 
 def _usage(prompts: Sequence[Sequence[int]], answers: Sequence[Completion]) -> Json:
-    asked, given = sum(map(len, prompts)), sum(len(answer.content) for answer in answers)
-    return {"prompt_tokens": asked, "completion_tokens": given, "total_tokens": asked + given}
+    num_prompt, num_new = sum(map(len, prompts)), sum(len(answer.content) for answer in answers)
+    return {"prompt_tokens": num_prompt, "completion_tokens": num_new, "total_tokens": num_prompt + num_new}
 
 
 class _Server:
@@ -161,14 +161,14 @@ class _Server:
         prompts = [prompt for prompt in ids for _ in range(copies)]
         echo, top = flag(body, "echo"), None
         if body.get("logprobs") is not None and body["logprobs"] is not False:
-            top = number(body, "logprobs", 0, 0, MOST_TOP)
+            top = number(body, "logprobs", 0, 0, MAX_TOP_LOGPROBS)
         if flag(body, "stream"):
             check_stream(body, len(prompts))
             return await self._stream(request, body, self._asked(body, prompts, 16), "text_completion")
         # With max_tokens 0 nothing is generated: the prompt is scored.
-        longest = self.session.model.max_position_embeddings
-        nothing = number(body, "max_tokens", 1, 0, longest) == 0
-        asked = None if nothing else self._asked(body, prompts, 16)
+        max_length = self.session.model.max_position_embeddings
+        prompt_only = number(body, "max_tokens", 1, 0, max_length) == 0
+        asked = None if prompt_only else self._asked(body, prompts, 16)
 
         def work(engine: Engine) -> Generator[Json | None]:
             completions = [Completion(tokens=(), logprobs=(), finish_reason="length")] * len(prompts)
@@ -187,7 +187,7 @@ class _Server:
 
     async def chat(self, request: Request) -> Response:
         body = await read_body(request, self.hosts, CHAT_FIELDS)
-        copies, top = answers_wanted(body), number(body, "top_logprobs", 0, 0, MOST_TOP)
+        copies, top = answers_wanted(body), number(body, "top_logprobs", 0, 0, MAX_TOP_LOGPROBS)
         with_logprobs = flag(body, "logprobs")
         if top and not with_logprobs:
             raise UserError("top_logprobs needs logprobs: true")
@@ -216,10 +216,10 @@ class _Server:
         return JSONResponse(await self._first(request, Job(work)))
 
     def _check_length(self, characters: int) -> None:
-        longest = self.session.model.max_position_embeddings
-        if characters > CHARACTERS_A_TOKEN * longest:
+        max_length = self.session.model.max_position_embeddings
+        if characters > CHARACTERS_A_TOKEN * max_length:
             raise UserError(
-                f"the prompt has {characters} characters, too many for the model's {longest} tokens"
+                f"the prompt has {characters} characters, too many for the model's {max_length} tokens"
             )
 
     def _ids(self, prompt: str | list[int]) -> list[int]:
@@ -230,16 +230,16 @@ class _Server:
         self._check_length(len(prompt))
         return self.tokenizer.encode_prompt(prompt, control_tokens=True)
 
-    def _asked(self, body: Json, prompts: list[list[int]], default: int) -> Asked:
+    def _asked(self, body: Json, prompts: list[list[int]], default: int) -> AnswerSpec:
         """What to generate, checked; `default` tokens at most, or what there is space for, if the client names none."""
-        longest = self.session.model.max_position_embeddings
+        max_length = self.session.model.max_position_embeddings
         key, other = "max_tokens", "max_completion_tokens"
         if body.get(key) is None:
             key, other = other, key
         if body.get(other) not in (None, body.get(key)):
             raise UserError(f"{key} and {other} differ: give one of them")
-        space = longest - max(map(len, prompts))
-        limit = number(body, key, max(1, min(default, space)), 1, longest)
+        space = max_length - max(map(len, prompts))
+        limit = number(body, key, max(1, min(default, space)), 1, max_length)
         for prompt in prompts:
             check_request(self.session, "the prompt", prompt, limit)
         seed = number(body, "seed", secrets.randbits(32), -(2**63), 2**63)
@@ -272,31 +272,31 @@ class _Server:
             result.cancel()
             gone.cancel()
 
-    async def _stream(self, request: Request, body: Json, asked: Asked, kind: str) -> Response:
-        (generation,), ends = asked
+    async def _stream(self, request: Request, body: Json, asked: AnswerSpec, kind: str) -> Response:
+        (generation,), stop_strings = asked
         head, with_usage = self._head(kind, "stream"), usage_wanted(body)
         if with_usage:
             head["usage"] = None  # in all chunks but the last, which has no choices
 
-        def event(part: Json) -> str:
-            return f"data: {json.dumps(head | part)}\n\n"
+        def event(chunk: Json) -> str:
+            return f"data: {json.dumps(head | chunk)}\n\n"
 
         def work(engine: Engine) -> Generator[tuple[str, str] | Json | None]:
-            yield from pieces(self.session, engine, engine.submit(generation), ends)
+            yield from pieces(self.session, engine, engine.submit(generation), stop_strings)
             if with_usage:
-                yield _usage([generation.prompt], [with_text(self.session, generation, ends)])
+                yield _usage([generation.prompt], [with_text(self.session, generation, stop_strings)])
 
         job = Job(work)
-        first = await self._first(request, job)
+        first_chunk = await self._first(request, job)
 
         async def events() -> AsyncIterator[str]:
-            part, role = first, {"role": "assistant"}
+            chunk, role = first_chunk, {"role": "assistant"}
             try:
-                while part is not END:
-                    if isinstance(part, dict):
-                        yield event({"choices": [], "usage": part})
+                while chunk is not END:
+                    if isinstance(chunk, dict):
+                        yield event({"choices": [], "usage": chunk})
                     else:
-                        text, reason = part
+                        text, reason = chunk
                         delta = (
                             {"text": text}
                             if kind == "text_completion"
@@ -305,7 +305,7 @@ class _Server:
                         choice = {"index": 0, "logprobs": None, "finish_reason": reason or None}
                         yield event({"choices": [choice | delta]})
                         role = {}
-                    part = await job.result()
+                    chunk = await job.result()
                 yield "data: [DONE]\n\n"
             except Exception as error:  # the status is already sent
                 yield f"data: {json.dumps(_error(f'{type(error).__name__}: {error}', 'server_error'))}\n\n"
@@ -314,25 +314,25 @@ class _Server:
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
-    def _answers(self, engine: Engine, asked: Asked) -> Generator[None, None, list[Completion]]:
-        generations, ends = asked
-        return answers(self.session, engine, [*map(engine.submit, generations)], ends)
+    def _answers(self, engine: Engine, asked: AnswerSpec) -> Generator[None, None, list[Completion]]:
+        generations, stop_strings = asked
+        return answers(self.session, engine, [*map(engine.submit, generations)], stop_strings)
 
     def _logprobs(self, prompt: list[int], echo: bool, answer: Completion, text: str, top: int) -> Json:
         """Log-probabilities as completions have them; the first token of an echoed prompt has none."""
-        asked, before = (prompt, prompt[:1]) if echo else ([], prompt)
+        asked, context = (prompt, prompt[:1]) if echo else ([], prompt)
         tokens, logprobs = [*asked[1:], *answer.content], list(answer.logprobs[: len(answer.content)])
         if asked[1:]:
-            logprobs = [*score(self.session, [(before, asked[1:])])[0].logprobs, *logprobs]
-        tops = self._tops(before, tokens, logprobs, top)
+            logprobs = [*score(self.session, [(context, asked[1:])])[0].logprobs, *logprobs]
+        tops = self._tops(context, tokens, logprobs, top)
 
         def by_text(top: dict[int, float]) -> dict[str, float]:
-            found: dict[str, float] = {}
+            entries: dict[str, float] = {}
             for token, value in top.items():
-                found.setdefault(
+                entries.setdefault(
                     spelled(self.tokenizer, token)[0], value
-                )  # the likeliest of those with one text
-            return found
+                )  # the likeliest of those with this text
+            return entries
 
         none = [None] * len(asked[:1])
         return {
@@ -354,19 +354,19 @@ class _Server:
         tops = self._tops(prompt, tokens, logprobs, top)
         return {
             "content": [
-                entry(token, value) | {"top_logprobs": [entry(*one) for one in likeliest.items()]}
+                entry(token, value) | {"top_logprobs": [entry(*item) for item in likeliest.items()]}
                 for token, value, likeliest in zip(tokens, logprobs, tops, strict=True)
             ]
         }
 
     def _tops(
-        self, before: Sequence[int], tokens: list[int], logprobs: list[float], count: int
+        self, context: Sequence[int], tokens: list[int], logprobs: list[float], count: int
     ) -> list[dict[int, float]]:
         """The `count` likeliest ids at each token; the token itself keeps the value that was reported."""
         if not count or not tokens:
             return [{} for _ in tokens]
         count = min(count, self.session.model.vocab_size)
-        tops = score(self.session, [(before, tokens)], top=count)[0].top
+        tops = score(self.session, [(context, tokens)], top=count)[0].top
         return [
             top | ({token: value} if token in top else {})
             for top, token, value in zip(tops, tokens, logprobs, strict=True)

@@ -17,7 +17,7 @@ Json = dict[str, Any]
 Number = TypeVar("Number", int, float)
 
 # OpenAI's own limits for n and logprobs are 128 and 20.
-MOST_ANSWERS, MOST_TOP, MOST_STOPS = 64, 20, 64
+MAX_ANSWERS, MAX_TOP_LOGPROBS, MAX_STOPS = 64, 20, 64
 MOST_BYTES, BODY_SECONDS = 4 << 20, 30.0
 # Fields that the routes read, and those that change no answer. Others would, if they were ignored: they are refused,
 # unless their value is null, or one that asks for what is done anyway.
@@ -63,8 +63,8 @@ async def read_body(request: Request, hosts: Sequence[str] | None, fields: Set[s
     data = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
-            async for part in request.stream():
-                data += part
+            async for chunk in request.stream():
+                data += chunk
                 if len(data) > MOST_BYTES:
                     raise HTTPException(413, f"the request has more than {MOST_BYTES} bytes")
     except TimeoutError as error:
@@ -103,10 +103,10 @@ def _no_constant(name: str) -> None:
 
 
 def answers_wanted(body: Json) -> int:
-    wanted = number(body, "n", 1, 1, MOST_ANSWERS)
-    if body.get("best_of") not in (None, wanted):
-        raise UserError(f"n is {wanted}: best_of must be the same")
-    return wanted
+    count = number(body, "n", 1, 1, MAX_ANSWERS)
+    if body.get("best_of") not in (None, count):
+        raise UserError(f"n is {count}: best_of must be the same")
+    return count
 
 
 def check_stream(body: Json, answers: int) -> None:
@@ -156,8 +156,8 @@ def stops(body: Json) -> list[str]:
     stops = body.get("stop") or []
     stops = [stops] if isinstance(stops, str) else stops
     strings = isinstance(stops, list) and all(isinstance(stop, str) for stop in stops)
-    if not strings or len(stops) > MOST_STOPS:
-        raise UserError(f"stop must be a string or a list of at most {MOST_STOPS} strings")
+    if not strings or len(stops) > MAX_STOPS:
+        raise UserError(f"stop must be a string or a list of at most {MAX_STOPS} strings")
     return [stop for stop in stops if stop]
 
 

@@ -1,4 +1,4 @@
-"""The one thread of `lemur serve` that runs the model, and its results on their way to the event loop."""
+"""The thread of `lemur serve` that runs the model, and the queues of its results to the event loop."""
 
 import asyncio
 import contextlib
@@ -12,9 +12,9 @@ from starlette.exceptions import HTTPException
 from lemur_jax.infer.engine import Engine
 from lemur_jax.infer.session import Session
 
-MOST_WAITING = 1024  # jobs
+MAX_WAITING = 1024  # jobs
 STOP_SECONDS = 10.0
-STEPS = 8  # tokens of each sequence between two looks at the jobs
+STEPS = 8  # tokens of each sequence between two checks of the jobs
 END = object()
 
 
@@ -33,7 +33,7 @@ class Job:
         self._results: asyncio.Queue = asyncio.Queue()
 
     def advance(self, engine: Engine) -> bool:
-        """Runs until the next None; whether there is more to do. In the worker's thread."""
+        """Runs until the next None, in the worker's thread; returns whether there is more to do."""
         try:
             self._running = self._running or self._work(engine)
             results = () if self.dropped else self._running  # nothing is done for a client that has left
@@ -53,10 +53,10 @@ class Job:
 
     async def result(self) -> Any:
         """The next result, or `END`; in the event loop."""
-        found = await self._results.get()
-        if isinstance(found, Exception):
-            raise found
-        return found
+        item = await self._results.get()
+        if isinstance(item, Exception):
+            raise item
+        return item
 
 
 class Worker:
@@ -85,8 +85,8 @@ class Worker:
                 self._jobs, engine = [], Engine(self._session)
 
     def add(self, job: Job) -> None:
-        if self._new.qsize() + len(self._jobs) >= MOST_WAITING:
-            raise HTTPException(503, f"{MOST_WAITING} requests are waiting already: try again later")
+        if self._new.qsize() + len(self._jobs) >= MAX_WAITING:
+            raise HTTPException(503, f"{MAX_WAITING} requests are waiting already: try again later")
         self._new.put(job)
 
     def stop(self) -> None:

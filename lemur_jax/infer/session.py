@@ -32,7 +32,7 @@ class Session:
       params: the parameter tree on the mesh, in the compute dtype or with int8 matrices.
       weights: "float" or "int8".
       programs: the compiled prefill and decode.
-      step: of the checkpoint; None: it is none of ours.
+      step: of the checkpoint; None: not one of our checkpoints.
     """
 
     model: DecoderConfig
@@ -94,11 +94,11 @@ def load(
         check_installed()
     mesh = make_mesh(mesh_sizes, devices, option="--mesh")
     source = open_source(checkpoint, step)
-    wanted = abstract_params(source.model, mesh, dtype)
+    abstract = abstract_params(source.model, mesh, dtype)
     tokenizer = Tokenizer.from_files(source.tokenizer_files) if source.tokenizer_files else None
     if check:
         check(_required(tokenizer))
-    params = source.restore(wanted)
+    params = source.restore(abstract)
     session = make_session(source.model, params, mesh, dtype, tokenizer=tokenizer, weights=weights)
     return dataclasses.replace(session, step=source.step)
 
@@ -121,10 +121,10 @@ def make_session(
     Raises:
       UserError: the mesh does not fit the model.
     """
-    wanted = abstract_params(model, mesh, dtype)
+    abstract = abstract_params(model, mesh, dtype)
     if not is_adapted(params):  # nothing is copied where dtype and sharding are right already
         params = jax.tree.map(
-            lambda x, want: jax.device_put(x.astype(want.dtype), want.sharding), params, wanted
+            lambda x, target: jax.device_put(x.astype(target.dtype), target.sharding), params, abstract
         )
     if weights == "int8":
         params = quantize(model, mesh, params)

@@ -92,11 +92,11 @@ def smoke(session: Session, hf_dir: str = "", reference: Reference | None = None
       UserError: tokens differ from one run to the next, from transformers' or from the reference.
     """
     prompts = _prompts(session.need_tokenizer())
-    first = generate(session, prompts, max_new_tokens=NEW_TOKENS, stop_ids=())
+    first_run = generate(session, prompts, max_new_tokens=NEW_TOKENS, stop_ids=())
     started = time.perf_counter()
-    second = generate(session, prompts, max_new_tokens=NEW_TOKENS, stop_ids=())
+    second_run = generate(session, prompts, max_new_tokens=NEW_TOKENS, stop_ids=())
     seconds = time.perf_counter() - started
-    if [completion.tokens for completion in first] != [completion.tokens for completion in second]:
+    if [completion.tokens for completion in first_run] != [completion.tokens for completion in second_run]:
         raise UserError(
             "smoke test failed: two greedy runs gave different tokens on this mesh; check the devices"
         )
@@ -106,18 +106,18 @@ def smoke(session: Session, hf_dir: str = "", reference: Reference | None = None
         f" ({' × '.join(axes) or 'one device'}): {len(prompts) * NEW_TOKENS / seconds:,.0f} tokens/s,"
         f" {_memory(session)}"
     )
-    found = Reference(
+    result = Reference(
         dtype=session.compute.dtype,
         weights=session.weights,
         prompts=prompts,
-        tokens=[list(completion.tokens) for completion in first],
-        logprobs=[list(completion.logprobs) for completion in first],
+        tokens=[list(completion.tokens) for completion in first_run],
+        logprobs=[list(completion.logprobs) for completion in first_run],
     )
     if reference:
-        inform(_compare_reference(session, reference, found))
+        inform(_compare_reference(session, reference, result))
     if hf_dir:
-        inform(_compare_transformers(hf_dir, found))
-    return found
+        inform(_compare_transformers(hf_dir, result))
+    return result
 
 
 def check_hf(hf_dir: str, dtype: str, weights: str) -> None:
@@ -171,18 +171,18 @@ def _compare_reference(session: Session, stored: Reference, ours: Reference) -> 
     tolerance, ties, logprobs = TOLERANCE[ours.dtype], [], ours.logprobs
     if ours.tokens != stored.tokens:
         scores = score(session, list(zip(stored.prompts, stored.tokens, strict=True)))
-        logprobs = [list(found.logprobs) for found in scores]
+        logprobs = [list(item.logprobs) for item in scores]
     for row, (prompt, mine, theirs) in enumerate(zip(PROMPTS, ours.tokens, stored.tokens, strict=True)):
         if mine == theirs:
             continue
         at = _first_difference(mine, theirs)
         gap = ours.logprobs[row][at] - logprobs[row][at]
-        which = (
+        message = (
             f"after {prompt[:20]!r} the token at position {at} is {mine[at]}, the reference has {theirs[at]}"
         )
         if not gap <= tolerance:
-            raise UserError(f"smoke test failed: {which}, which is less likely here by {gap:.2g} nats")
-        ties.append(f"; {which}: a tie, {gap:.1e} nats apart")
+            raise UserError(f"smoke test failed: {message}, which is less likely here by {gap:.2g} nats")
+        ties.append(f"; {message}: a tie, {gap:.1e} nats apart")
     difference = np.abs(np.array(logprobs) - np.array(stored.logprobs)).max()
     if not difference <= tolerance:
         raise UserError(
@@ -190,10 +190,10 @@ def _compare_reference(session: Session, stored: Reference, ours: Reference) -> 
             f" than {tolerance:g}"
         )
     count = sum(map(len, ours.tokens))
-    same = f"all {count} tokens equal the reference's"
+    summary = f"all {count} tokens equal the reference's"
     if ties:
-        same = f"the reference's {count} tokens are likely here"
-    return f"{same}, log-probabilities within {difference:.1e} nats{''.join(ties)}"
+        summary = f"the reference's {count} tokens are likely here"
+    return f"{summary}, log-probabilities within {difference:.1e} nats{''.join(ties)}"
 
 
 def _compare_transformers(hf_dir: str, ours: Reference) -> str:
@@ -202,7 +202,7 @@ def _compare_transformers(hf_dir: str, ours: Reference) -> str:
 
     model = transformers_model(hf_dir)
     for text, prompt, mine in zip(PROMPTS, ours.prompts, ours.tokens, strict=True):
-        out = model.generate(
+        output = model.generate(
             torch.tensor([prompt]),
             attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
             do_sample=False,
@@ -212,7 +212,7 @@ def _compare_transformers(hf_dir: str, ours: Reference) -> str:
             eos_token_id=None,
             pad_token_id=0,
         )
-        theirs = np.asarray(out[0, len(prompt) :]).tolist()
+        theirs = np.asarray(output[0, len(prompt) :]).tolist()
         if mine != theirs:
             at = _first_difference(mine, theirs)
             raise UserError(
@@ -224,11 +224,11 @@ def _compare_transformers(hf_dir: str, ours: Reference) -> str:
 
 def _memory(session: Session) -> str:
     """The largest share of the parameters that one device holds, and the peak memory where the device reports it."""
-    held: dict[jax.Device, int] = {}
+    by_device: dict[jax.Device, int] = {}
     for leaf in jax.tree.leaves(session.params):
         for shard in leaf.addressable_shards:
-            held[shard.device] = held.get(shard.device, 0) + shard.data.nbytes
-    text = f"{max(held.values()) / 2**20:,.1f} MiB of parameters a device"
+            by_device[shard.device] = by_device.get(shard.device, 0) + shard.data.nbytes
+    text = f"{max(by_device.values()) / 2**20:,.1f} MiB of parameters a device"
     stats = jax.local_devices()[0].memory_stats() or {}
     if stats.keys() >= {"peak_bytes_in_use", "bytes_limit"}:  # a CPU does not report them
         peak, limit = (stats[key] / 2**30 for key in ("peak_bytes_in_use", "bytes_limit"))

@@ -17,7 +17,7 @@ INCOMPLETE = "\ufffd"
 _BYTE = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's spelling of a byte token
 
 
-def settled(tokenizer: Tokenizer, tokens: Sequence[int]) -> int:
+def num_settled_tokens(tokenizer: Tokenizer, tokens: Sequence[int]) -> int:
     """The number of tokens whose text no later one changes: all but the byte tokens at the end.
 
     SentencePiece decodes byte tokens in a row together. If they are not UTF-8, each of them becomes U+FFFD, also those
@@ -31,11 +31,13 @@ def settled(tokenizer: Tokenizer, tokens: Sequence[int]) -> int:
 
 def continuation(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
     """The text that `tokens` add to `prompt`, with the space in front if there is one."""
-    before = list(prompt[settled(tokenizer, prompt[:-CONTEXT]) :])  # begins with no part of a character
-    shown, whole = tokenizer.decode(before), tokenizer.decode([*before, *tokens])
-    if not whole.startswith(shown):  # the tokens complete a character whose first bytes the prompt has
-        shown = shown.rstrip(INCOMPLETE)
-    return whole[len(shown) :]
+    context = list(
+        prompt[num_settled_tokens(tokenizer, prompt[:-CONTEXT]) :]
+    )  # does not begin inside a character
+    prefix, text = tokenizer.decode(context), tokenizer.decode([*context, *tokens])
+    if not text.startswith(prefix):  # the tokens complete a character whose first bytes the prompt has
+        prefix = prefix.rstrip(INCOMPLETE)
+    return text[len(prefix) :]
 
 
 def spelled(tokenizer: Tokenizer, token: int) -> tuple[str, bytes]:

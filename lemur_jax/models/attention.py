@@ -76,15 +76,15 @@ def xla_attention(
     positions = jnp.arange(T)
 
     def attend(start: int, stop: int) -> jax.Array:
-        first = max(0, start - options.window + 1) if options.hides_keys(T) else 0
-        rows, columns = positions[start:stop], positions[first:stop]
-        inside = rows[:, None] >= columns[None, :]
+        key_start = max(0, start - options.window + 1) if options.hides_keys(T) else 0
+        rows, columns = positions[start:stop], positions[key_start:stop]
+        in_window = rows[:, None] >= columns[None, :]
         if options.hides_keys(T):
-            inside &= rows[:, None] - columns[None, :] < options.window
-        same = segment_ids[:, start:stop, None] == segment_ids[:, None, first:stop]
-        visible = (inside & same)[:, None, None]
+            in_window &= rows[:, None] - columns[None, :] < options.window
+        same_segment = segment_ids[:, start:stop, None] == segment_ids[:, None, key_start:stop]
+        visible = (in_window & same_segment)[:, None, None]
         return grouped_attention(
-            query[:, start:stop], key[:, first:stop], value[:, first:stop], visible, options
+            query[:, start:stop], key[:, key_start:stop], value[:, key_start:stop], visible, options
         )
 
     if mesh is not None and mesh.shape["sequence"] > 1:
@@ -143,8 +143,8 @@ def cudnn_attention(
         return fused(query, key, value, mask=(segment_ids[:, None, :, None] == segment_ids[:, None, None, :]))
 
     def local(query, key, value, segment_ids):
-        whole = jnp.all(segment_ids == segment_ids[:, :1])
-        return jax.lax.cond(whole, lambda *x: fused(*x[:3]), packed, query, key, value, segment_ids)
+        unpacked = jnp.all(segment_ids == segment_ids[:, :1])
+        return jax.lax.cond(unpacked, lambda *x: fused(*x[:3]), packed, query, key, value, segment_ids)
 
     if mesh is not None:
         heads = PartitionSpec(RULES["batch"], None, RULES["heads"], None)

@@ -82,9 +82,9 @@ class DecoderConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            key, value, least = f"model.{field.name}", getattr(self, field.name), int(field.default != 0)
+            key, value, minimum = f"model.{field.name}", getattr(self, field.name), int(field.default != 0)
             if field.type is int:
-                require(least <= value < 2**31, key, value, f"at least {least}, and below 2^31")
+                require(minimum <= value < 2**31, key, value, f"at least {minimum}, and below 2^31")
             elif field.name in _POSITIVE:
                 require(value > 0, key, value, "above 0")
             elif field.type is float and field.name not in _ANY_SIGN:
@@ -105,9 +105,9 @@ class DecoderConfig:
         for name in ("rope_short_factor", "rope_long_factor"):
             factors = tuple(getattr(self, name))
             object.__setattr__(self, name, factors)  # JSON has lists
-            good = len(factors) == pairs and min(factors, default=1) > 0
+            valid = len(factors) == pairs and min(factors, default=1) > 0
             require(
-                good, f"model.{name}", factors, f"{pairs} positive numbers with {self.rope_scaling} scaling"
+                valid, f"model.{name}", factors, f"{pairs} positive numbers with {self.rope_scaling} scaling"
             )
         E, K = self.num_experts, self.experts_per_token
         most = f"1 to model.num_experts {E}, or both 0"
@@ -194,12 +194,12 @@ class ComputeConfig:
         )
         require_one_of("compute.remat", self.remat, REMAT_POLICIES)
         require(0 <= self.gate_share < 1, "compute.gate_share", self.gate_share, "in [0, 1)")
-        whole = f"0 with compute.remat {self.remat!r}, which keeps the whole gate"
+        rule = f"0 with compute.remat {self.remat!r}, which keeps the whole gate"
         require(
-            not self.gate_share or self.remat not in KEEP_GATE, "compute.gate_share", self.gate_share, whole
+            not self.gate_share or self.remat not in KEEP_GATE, "compute.gate_share", self.gate_share, rule
         )
         require_one_of("compute.attention", self.attention, ATTENTION_NAMES)
         require(self.loss_chunk >= 0, "compute.loss_chunk", self.loss_chunk, "0 or more")
         blocks = self.attention_blocks
-        two = len(blocks) == 2 and min(blocks) >= 0
-        require(two, "compute.attention_blocks", blocks, "two numbers, for forward and backward")
+        valid = len(blocks) == 2 and min(blocks) >= 0
+        require(valid, "compute.attention_blocks", blocks, "two numbers, for forward and backward")

@@ -121,7 +121,7 @@ class Attention(nnx.Module):
         key = add_bias(key, self.key_bias)
         value = add_bias(value, self.value_bias)
         query, key = self.query_norm(query), self.key_norm(key)
-        query, key = (rotate(each, angles, self.project.mesh) for each in (query, key))
+        query, key = (rotate(array, angles, self.project.mesh) for array in (query, key))
         query = self.project.shard(query, "heads", "head_dim")
         key = self.project.shard(key, "kv_heads", "head_dim")
         value = self.project.shard(value, "kv_heads", "head_dim")
@@ -137,17 +137,17 @@ class Block(nnx.Module):
     def __init__(self, config: DecoderConfig, compute: Compute, rngs: nnx.Rngs):
         norm = functools.partial(RMSNorm, config, compute, (config.hidden_size,), "norm")
         self.multiplier = config.residual_multiplier
-        before, after = config.norm_position != "post", config.norm_position != "pre"
-        self.attention_norm = norm() if before else identity
+        pre, post = config.norm_position != "post", config.norm_position != "pre"
+        self.attention_norm = norm() if pre else identity
         self.attention = Attention(config, compute, rngs)
-        self.attention_post_norm = norm() if after else identity
-        self.mlp_norm = norm() if before else identity
+        self.attention_post_norm = norm() if post else identity
+        self.mlp_norm = norm() if pre else identity
         self.mlp = (
             Experts(config, compute.project, rngs)
             if config.num_experts
             else MLP(config, compute.project, compute.gate_share, rngs)
         )
-        self.mlp_post_norm = norm() if after else identity
+        self.mlp_post_norm = norm() if post else identity
 
     def __call__(
         self, x: jax.Array, angles, attend: Callable, valid: jax.Array | None
@@ -216,7 +216,7 @@ class Decoder(nnx.Module):
           tokens, positions: int32 [B, T].
           attend: attention over (query, key, value, cache, layer index); see `packed` for training.
           cache: pytree carried through the layers, e.g. keys and values [L, ...]; () without one.
-          long: as of `rope.rotary_angles`; needed with a cache, in which keys stay as they were rotated.
+          long: as in `rope.rotary_angles`; needed with a cache, in which keys stay as they were rotated.
           valid: bool [B, T], tokens that the routers' statistics count; None: all.
 
         Returns:

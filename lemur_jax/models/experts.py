@@ -116,22 +116,22 @@ def mixture(
     """
     weights = weights.astype(x.dtype)
     if mesh is None:
-        return _Local(activation, len(matrices[0]), {})(x, weights, chosen, *matrices)
+        return _LocalMoE(activation, len(matrices[0]), {})(x, weights, chosen, *matrices)
     tokens = spec(mesh, ("batch", "length", "width"), x.shape)
     out = spec(mesh, ("batch", "residual_length", "width"), x.shape)
-    local = _Local(activation, len(matrices[0]), dict(mesh.shape), platform(mesh), scatter=out != tokens)
-    places = (
-        spec(mesh, axes, each.shape)
-        for axes, each in zip((GATE_AXES, GATE_AXES, DOWN_AXES), matrices, strict=True)
+    local = _LocalMoE(activation, len(matrices[0]), dict(mesh.shape), platform(mesh), scatter=out != tokens)
+    specs = (
+        spec(mesh, axes, matrix.shape)
+        for axes, matrix in zip((GATE_AXES, GATE_AXES, DOWN_AXES), matrices, strict=True)
     )
     run = jax.shard_map(
-        local, mesh=mesh, in_specs=(tokens, tokens, tokens, *places), out_specs=out, check_vma=False
+        local, mesh=mesh, in_specs=(tokens, tokens, tokens, *specs), out_specs=out, check_vma=False
     )
     return run(x, weights, chosen, *matrices)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Local:
+class _LocalMoE:
     """What one device computes: its tokens, with all experts; the arguments of `mixture`, cut by the mesh."""
 
     activation: Callable
@@ -172,38 +172,38 @@ class _Local:
         W = self.ways.get("expert", 1)
         if W == 1:
             return mlps(rows, sizes)
-        here, R = self.experts // W, rows.shape[0]
-        by_source = jax.lax.all_gather(sizes, "expert").reshape(W, W, here)  # [source, target, expert]
+        experts, R = self.experts // W, rows.shape[0]
+        by_source = jax.lax.all_gather(sizes, "expert").reshape(W, W, experts)  # [source, target, expert]
         sent = jnp.sum(by_source, axis=-1)
         received = by_source[:, jax.lax.axis_index("expert")]
-        # No token chooses an expert twice: the most that can arrive.
-        space = W * (R // K) * min(K, here)
+        # The most rows that can arrive, as no token chooses an expert twice.
+        space = W * (R // K) * min(K, experts)
         arrived = self._all_to_all(rows, sent, space)
-        # Rows come by source; what is not used has the expert after the last.
+        # Rows arrive ordered by source; unused ones get the index after the last expert.
         ends = jnp.cumsum(received.reshape(-1))
-        place = jnp.searchsorted(ends, jnp.arange(space), side="right")
-        order, inverse = _sorted(jnp.where(place < W * here, place % here, here))
+        group = jnp.searchsorted(ends, jnp.arange(space), side="right")
+        order, inverse = _sorted(jnp.where(group < W * experts, group % experts, experts))
         out = mlps(_take(1, arrived, order, inverse), jnp.sum(received, axis=0))
         return self._all_to_all(_take(1, out, inverse, order), sent.T, R)
 
     def _all_to_all(self, rows, sent, space: int):
         """[space, D]: the rows that all devices send here, by source; sent[s, t] go from s to t, in order of t."""
-        me = jax.lax.axis_index("expert")
-        first = jnp.cumsum(sent, axis=1) - sent  # of those for t among the rows of s
-        place = jnp.cumsum(sent, axis=0) - sent  # of those from s among the rows of t
+        device = jax.lax.axis_index("expert")
+        start = jnp.cumsum(sent, axis=1) - sent  # of the rows for t, among those of s
+        offset = jnp.cumsum(sent, axis=0) - sent  # of the rows from s, among those of t
         if self.platform != "cpu":
             out = jnp.zeros((space, rows.shape[1]), rows.dtype)
             return jax.lax.ragged_all_to_all(
-                rows, out, first[me], sent[me], place[me], sent[:, me], axis_name="expert"
+                rows, out, start[device], sent[device], offset[device], sent[:, device], axis_name="expert"
             )
         # XLA:CPU has no ragged exchange: send the rows in blocks that hold all.
-        most = min(rows.shape[0], space)
-        block = first[me][:, None] + jnp.arange(most)
+        size = min(rows.shape[0], space)
+        block = start[device][:, None] + jnp.arange(size)
         blocks = jax.lax.all_to_all(jnp.take(rows, block, axis=0, mode="clip"), "expert", 0, 0)
         row = jnp.arange(space)
-        source = jnp.searchsorted(jnp.cumsum(sent[:, me]), row, side="right")
-        found = blocks.at[source, row - place[source, me]].get(mode="clip")
-        return jnp.where((source < len(sent))[:, None], found, 0)
+        source = jnp.searchsorted(jnp.cumsum(sent[:, device]), row, side="right")
+        values = blocks.at[source, row - offset[source, device]].get(mode="clip")
+        return jnp.where((source < len(sent))[:, None], values, 0)
 
 
 def _grouped(rows: jax.Array, weight: jax.Array, sizes: jax.Array) -> jax.Array:

@@ -1,11 +1,11 @@
-"""Keys and values of what was read so far, laid out and sharded like the model.
+"""Keys and values of the tokens read so far, laid out and sharded like the model.
 
 Axes: L layers, B batch, S cache slot, T query position, K key heads, H query heads, N head width.
 
 Heads come before slots, so that a head's keys are a matrix [S, N] in memory: attention reads them as they lie.
 
 A token's slot is its position in its sequence, whatever the other rows hold. A slot is written at the step at which it
-becomes visible, so what a row held before, or padding has left there, is never seen.
+becomes visible, so leftovers of an earlier sequence or of padding are never seen.
 """
 
 import dataclasses

@@ -32,13 +32,13 @@ def targets(options: AdapterConfig, model: DecoderConfig) -> list[str]:
       UserError: a pattern that fits no projection of the model.
     """
     axes = flatten_dict(decoder.logical_axes(model), sep="/")
-    known = [path for path in PROJECTIONS if path in axes and "experts" not in axes[path]]
+    paths = [path for path in PROJECTIONS if path in axes and "experts" not in axes[path]]
     for pattern in options.targets:
-        if not fnmatch.filter(known, pattern):
+        if not fnmatch.filter(paths, pattern):
             raise UserError(
-                f"config.adapter.targets: {pattern!r} fits no projection; there are {', '.join(known)}"
+                f"config.adapter.targets: {pattern!r} fits no projection; there are {', '.join(paths)}"
             )
-    return [path for path in known if any(fnmatch.fnmatch(path, pattern) for pattern in options.targets)]
+    return [path for path in paths if any(fnmatch.fnmatch(path, pattern) for pattern in options.targets)]
 
 
 def _factors(
@@ -48,17 +48,17 @@ def _factors(
     axes, params = (
         flatten_dict(tree, sep="/") for tree in (decoder.logical_axes(model), decoder.abstract_params(model))
     )
-    found = {}
+    factors = {}
     for path in targets(options, model):
         names, sizes = axes[path], params[path].shape
         lead = int(names[0] == "layers")
         cut = lead + num_inputs(names[lead:])
-        found[f"{path}/a"] = (*names[:cut], "rank"), (*sizes[:cut], options.rank)
-        found[f"{path}/b"] = (
+        factors[f"{path}/a"] = (*names[:cut], "rank"), (*sizes[:cut], options.rank)
+        factors[f"{path}/b"] = (
             (*names[:lead], "rank", *names[cut:]),
             (*sizes[:lead], options.rank, *sizes[cut:]),
         )
-    return found
+    return factors
 
 
 def logical_axes(options: AdapterConfig, model: DecoderConfig) -> Params:
@@ -78,12 +78,12 @@ def abstract_adapter(options: AdapterConfig, model: DecoderConfig, dtype: str) -
 def init_adapter(options: AdapterConfig, model: DecoderConfig, key: jax.Array, dtype: str) -> Params:
     """As PEFT does: `a` uniform within ±1/√(number of inputs), `b` zero."""
     flat = {}
-    for number, (path, (axes, shape)) in enumerate(_factors(options, model).items()):
+    for index, (path, (axes, shape)) in enumerate(_factors(options, model).items()):
         bound = 1 / math.sqrt(math.prod(shape[axes[0] == "layers" : -1]))
         if path.endswith("/b"):
             flat[path] = jnp.zeros(shape, dtype)
         else:
-            flat[path] = jax.random.uniform(jax.random.fold_in(key, number), shape, dtype, -bound, bound)
+            flat[path] = jax.random.uniform(jax.random.fold_in(key, index), shape, dtype, -bound, bound)
     return unflatten_dict(flat, sep="/")
 
 
@@ -92,14 +92,14 @@ def adapt(options: AdapterConfig, base: Params, adapter: Params, key: jax.Array 
 
     Args:
       base: the frozen parameters.
-      adapter: as of `abstract_adapter`.
+      adapter: as from `abstract_adapter`.
       key: of the dropout, another one for each update and microbatch; None: no dropout.
     """
     flat, factors = (flatten_dict(tree, sep="/") for tree in (base, adapter))
-    for number, path in enumerate(sorted({factor.rpartition("/")[0] for factor in factors})):
+    for index, path in enumerate(sorted({factor.rpartition("/")[0] for factor in factors})):
         a, b, own = factors[f"{path}/a"], factors[f"{path}/b"], None
         if key is not None and options.dropout:
-            own = jax.random.fold_in(key, number)
+            own = jax.random.fold_in(key, index)
             own = jax.random.key_data(jax.random.split(own, len(a)) if path.startswith("layers/") else own)
         flat[path] = Adapted(base=flat[path], a=a, b=b, key=own, scale=options.scale, dropout=options.dropout)
     return unflatten_dict(flat, sep="/")
@@ -112,5 +112,5 @@ def merge(options: AdapterConfig, weight: jax.Array, a: jax.Array, b: jax.Array)
         return jnp.tensordot(a.astype(jnp.float32), b.astype(jnp.float32), 1, precision="highest")
 
     stacked = a.ndim + b.ndim == weight.ndim + 3  # L is in both
-    change = (jax.vmap(product) if stacked else product)(a, b)
-    return (weight.astype(jnp.float32) + options.scale * change).astype(weight.dtype)
+    update = (jax.vmap(product) if stacked else product)(a, b)
+    return (weight.astype(jnp.float32) + options.scale * update).astype(weight.dtype)

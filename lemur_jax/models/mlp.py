@@ -40,10 +40,10 @@ class MLP(nnx.Module):
         parts = len(gates)
         products = self.project.read(x, *(("BTD,DF->BTF", weight) for weight in (*gates, *ups)))
         names = ("gate_part", "gate")[-parts:]
-        written = []
+        outputs = []
         for name, gate, up, down in zip(names, products[:parts], products[parts:], downs, strict=True):
             gate, up = add_bias(gate, self.gate_bias), add_bias(up, self.up_bias)
             gate, up = checkpoint_name(gate, name), checkpoint_name(up, "up")
             hidden = self.project.pointwise(lambda gate, up: self.activation(gate) * up, gate, up)
-            written.append(self.project.write("BTF,FD->BTD", self.project.shard(hidden, "mlp"), down))
-        return add_bias(sum(written[1:], written[0]), self.down_bias), {}
+            outputs.append(self.project.write("BTF,FD->BTD", self.project.shard(hidden, "mlp"), down))
+        return add_bias(sum(outputs[1:], outputs[0]), self.down_bias), {}

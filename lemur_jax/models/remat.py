@@ -8,8 +8,8 @@ that saves from being computed again (D model, H query heads, K key heads, N hea
     key_value      2K·N: the key and value products and the rotation
     residual       D: the output product
     gate, up       F each: the gate and the up product of the mlp, the largest
-    gate_part      the share `config.compute.gate_share` of the gate, whose rest is `gate` then: it fills what memory,
-                   or what bandwidth to the host, a policy leaves
+    gate_part      the share `config.compute.gate_share` of the gate, whose rest is `gate` then: to use the memory,
+                   or the bandwidth to the host, that a policy leaves
 
 The policies that offload send the big ones to the host's memory while the next layer computes, and keep in HBM
 what is small or needed at once.
@@ -43,7 +43,7 @@ POLICIES: dict[str, Callable | None] = {
     "full": _keep(),
     # The attention output too: the most expensive thing to compute again for its size.
     "attention": _keep("attention_out"),
-    # All that the attention kernels need: none of attention but its output product runs twice.
+    # All that the attention kernels need: of attention only the output product runs twice.
     "attention_all": _keep(*_ATTENTION),
     # Of the products only the mlp's gate and up run twice.
     "mlp": _keep(*_ATTENTION, "residual"),
@@ -53,7 +53,7 @@ POLICIES: dict[str, Callable | None] = {
     "mlp_all": _keep(*_ATTENTION, "residual", "gate", "up"),
     # Every projection's output, but nothing of the size of attention scores.
     "dots": _policies.dots_with_no_batch_dims_saveable,
-    # As `full`, `attention` and `mlp`, with the host's help.
+    # As `full`, `attention` and `mlp`, with offloading to the host.
     "offload_full": _to_host("layer_in"),
     "offload_attention": _to_host("layer_in", keep=("attention_out", "key_value")),
     # What the backward pass of a layer needs last goes to the host, so that it comes back in time.

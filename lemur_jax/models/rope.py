@@ -67,7 +67,7 @@ def _yarn_ramp(config: DecoderConfig) -> np.ndarray:
 def angles_by_layer(
     config: DecoderConfig, positions: jax.Array, long: jax.Array | None = None
 ) -> Callable[[jax.Array], Angles]:
-    """Rotary angles as a function of the layer's index, int32 []; arguments as of `rotary_angles`."""
+    """Rotary angles as a function of the layer's index, int32 []; arguments as in `rotary_angles`."""
     angles = rotary_angles(config, positions, long)
     if config.rope_local_theta:
         plain = {"rope_scaling": "none", "rope_short_factor": (), "rope_long_factor": ()}
@@ -75,8 +75,8 @@ def angles_by_layer(
         windowed = rotary_angles(local, positions)
         return lambda layer: _choose(config.attends_fully(layer), angles, windowed)
     if config.rope_skip_every:
-        none = (jnp.ones_like(angles[0]), jnp.zeros_like(angles[1]))
-        return lambda layer: _choose((layer + 1) % config.rope_skip_every == 0, none, angles)
+        identity = (jnp.ones_like(angles[0]), jnp.zeros_like(angles[1]))
+        return lambda layer: _choose((layer + 1) % config.rope_skip_every == 0, identity, angles)
     return lambda layer: angles
 
 
@@ -98,9 +98,9 @@ def rotary_angles(config: DecoderConfig, positions: jax.Array, long: jax.Array |
         original, T = config.rope_original_max_position_embeddings, positions.shape[1]
         if long is None:
             # Where this segment has position `original`, if at all.
-            place = jnp.arange(T) - positions + original
-            found = jnp.take_along_axis(positions, jnp.clip(place, 0, T - 1), axis=1) == original
-            long = (place < T) & found
+            index = jnp.arange(T) - positions + original
+            reached = jnp.take_along_axis(positions, jnp.clip(index, 0, T - 1), axis=1) == original
+            long = (index < T) & reached
         long = long.reshape(len(positions), -1, 1, 1)  # [B, T or 1, 1, 1]
         frequencies = jnp.where(long, inverse_frequencies(config, long=True), frequencies)
     angles = positions.astype(jnp.float32)[..., None, None] * frequencies

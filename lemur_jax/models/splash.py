@@ -113,8 +113,8 @@ def _local(make_kernel: Callable[[int, int], Any], query, key, value, segment_id
     K = key.shape[2]
     query = query.swapaxes(1, 2).reshape(B, K, H // K, T, N)
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    # Mapped axes are what the two cores of a v4 or v5p chip share out; inside the kernels only the
-    # forward one has an axis that they may.
+    # The two cores of a v4 or v5p chip divide the mapped axes among them; inside the kernels they can
+    # divide only an axis of the forward one.
     kernel = jax.vmap(jax.vmap(make_kernel(H // K, T), in_axes=(0, 0, 0, None)))
     out = kernel(query, key, value, kernels.SegmentIds(q=segment_ids, kv=segment_ids))
     out = out.reshape(B, H, T, N).swapaxes(1, 2)
@@ -171,25 +171,25 @@ def _evaluate(jaxpr: Jaxpr, consts: list[Any], args: list[Any]) -> list[Any]:
     def read(atom: Any) -> Any:
         return atom.val if isinstance(atom, Literal) else values[atom]
 
-    for each in jaxpr.eqns:
-        inputs = [read(atom) for atom in each.invars]
-        if each.primitive is jit_p:
-            inner = each.params["jaxpr"]
+    for eqn in jaxpr.eqns:
+        inputs = [read(atom) for atom in eqn.invars]
+        if eqn.primitive is jit_p:
+            inner = eqn.params["jaxpr"]
             results = _evaluate(inner.jaxpr, inner.consts, inputs)
-        elif each.primitive is reduce_sum_p and each.params["axes"] == (0,):
-            parts = converted.get(each.invars[0], inputs[0])
+        elif eqn.primitive is reduce_sum_p and eqn.params["axes"] == (0,):
+            parts = converted.get(eqn.invars[0], inputs[0])
             total = functools.reduce(operator.add, [part.astype(inputs[0].dtype) for part in parts])
-            # With one query head per key head XLA would copy the parts into the layout of what reads their sum: 1.2 of
+            # With one query head per key head XLA would copy the parts into the layout of their sum's consumer: 1.2 of
             # 68.8 s of Llama-2-7B on v4-32. With more it would not, and fuses the sum with what reads it.
             results = [jax.lax.optimization_barrier(total) if total.shape[0] == 1 else total]
         else:
             # Kernels keep their names, by which plan/kernels.py and profiles know them.
-            with jax.named_scope(each.params.get("name") or each.primitive.name):
-                made: Any = each.primitive.bind(*inputs, **each.primitive.get_bind_params(each.params))
-            results = made if each.primitive.multiple_results else [made]
-        if each.primitive is convert_element_type_p:
-            converted[each.outvars[0]] = inputs[0]
-        values.update(zip(each.outvars, results, strict=True))
+            with jax.named_scope(eqn.params.get("name") or eqn.primitive.name):
+                outputs: Any = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
+            results = outputs if eqn.primitive.multiple_results else [outputs]
+        if eqn.primitive is convert_element_type_p:
+            converted[eqn.outvars[0]] = inputs[0]
+        values.update(zip(eqn.outvars, results, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
 
 

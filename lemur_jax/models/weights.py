@@ -35,15 +35,15 @@ def split_weight(weight: nnx.Param, axis: str, share: float, mesh: Mesh | None) 
     if not share:
         return [weight]
     array = weight.get_value()
-    where = weight.axes.index(axis)
-    cut = mesh is not None and spec(mesh, weight.axes, array.shape)[where] == "tensor"
-    blocks = mesh.shape["tensor"] if mesh is not None and cut else 1
-    before, size, after = array.shape[:where], array.shape[where] // blocks, array.shape[where + 1 :]
+    dim = weight.axes.index(axis)
+    sharded = mesh is not None and spec(mesh, weight.axes, array.shape)[dim] == "tensor"
+    blocks = mesh.shape["tensor"] if mesh is not None and sharded else 1
+    leading, size, trailing = array.shape[:dim], array.shape[dim] // blocks, array.shape[dim + 1 :]
     first = round(share * size / 128) * 128
     if not 0 < first < size:
         return [weight]
-    parts = jnp.split(array.reshape(*before, blocks, size, *after), [first], axis=where + 1)
-    return [nnx.Param(part.reshape(*before, -1, *after), axes=weight.axes) for part in parts]
+    parts = jnp.split(array.reshape(*leading, blocks, size, *trailing), [first], axis=dim + 1)
+    return [nnx.Param(part.reshape(*leading, -1, *trailing), axes=weight.axes) for part in parts]
 
 
 def add_bias(x: jax.Array, bias: nnx.Param | None) -> jax.Array:

@@ -1,7 +1,7 @@
 """XLA:TPU options of the train step, by TPU generation; `lemur plan` and `lemur train` pass the same.
 
-They change speed and memory alone. Each was kept because the estimate improved with it; those that the compiler warns
-of on a generation are absent there.
+They affect only speed and memory. Each was kept because it improved the estimate; a generation lacks those that its
+compiler warns about.
 """
 
 import importlib.util
@@ -13,7 +13,7 @@ Options = dict[str, bool | int | str]
 
 # Weights are gathered while the layer before them computes. The default on v5e, off elsewhere.
 _ASYNC_GATHERS: Options = {"xla_enable_async_all_gather": True}
-# Fully sharded weights: gather them whole. Loops of small matmuls and permutes lose 1.7 x on a v4-32.
+# Gather fully sharded weights whole: loops of small matmuls and permutes are 1.7 x slower on a v4-32.
 _WHOLE_GATHERS: Options = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
 
 # parallel/projection.py reduces gradients by all-to-alls that overlap with computation. v5e has none.
@@ -36,16 +36,16 @@ SPARSECORE_SUMS = (
     "xla_tpu_enable_all_reduce_offload_tracing=true",
     "xla_tpu_use_tc_device_shape_on_sc=true",
 )
-# v5e carries started reductions on inside the products that follow, if told so.
+# v5e can continue started reductions inside the products that follow.
 _ASYNC_REDUCTIONS: Options = {
     "xla_enable_async_all_reduce": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce": True,
 }
-# What lies in the host's memory is asked for inside the layer that needs it, early enough to come beside that layer's
-# computation; by default the last thing that the layer before does is to ask for it, and then to wait.
+# Arrays in host memory are fetched inside the layer that needs them, early enough to overlap with its computation; by
+# default the layer before fetches them at its end, and waits.
 _LATE_FETCHES: Options = {"xla_tpu_pipeline_memory_host_transfers": False}
 
-# By the beginning of `jax.Device.device_kind`; of several that fit, the longest counts.
+# By prefix of `jax.Device.device_kind`; the longest that matches counts.
 OPTIONS: dict[str, Options] = {
     "TPU v4": {**_ASYNC_GATHERS, **_WHOLE_GATHERS, **_ASYNC_EXCHANGES, **_LATE_FETCHES},
     "TPU v5 lite": {**_WHOLE_GATHERS, **_ASYNC_REDUCTIONS},
@@ -74,7 +74,7 @@ def check_product_dtype(name: str, device_kind: str, frozen: bool = False) -> No
 
     Args:
       name: a name in `parallel.projection.ROUNDINGS`, or "".
-      device_kind: `jax.Device.device_kind`; what is no TPU may simulate all.
+      device_kind: `jax.Device.device_kind`; other devices may simulate all.
       frozen: whether the weights have no gradient.
 
     Raises:
@@ -101,11 +101,11 @@ def compiler_options(device_kind: str, more: Sequence[str] = ()) -> Options:
       more: `config.compute.compiler_options`, "name=value" each; they win over the table's.
 
     Raises:
-      UserError: one of `more` is not written so.
+      UserError: one of `more` has another form.
     """
-    given = dict(_read(text) for text in more)
-    known = [start for start in OPTIONS if device_kind.startswith(start)]
-    return {**OPTIONS[max(known, key=len)], **given} if known else {}
+    overrides = dict(_read(text) for text in more)
+    prefixes = [prefix for prefix in OPTIONS if device_kind.startswith(prefix)]
+    return {**OPTIONS[max(prefixes, key=len)], **overrides} if prefixes else {}
 
 
 def _read(text: str) -> tuple[str, bool | int | str]:

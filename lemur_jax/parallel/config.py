@@ -17,8 +17,8 @@ class MeshConfig:
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
-        written = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
+        text = " × ".join(f"{axis} {size}" for axis, size in sizes.items())
         if list(sizes.values()).count(-1) > 1:
-            raise UserError(f"mesh {written}: only one axis may be -1")
+            raise UserError(f"mesh {text}: only one axis may be -1")
         if any(size < 1 and size != -1 for size in sizes.values()):
-            raise UserError(f"mesh {written}: sizes must be at least 1, or -1 for the rest")
+            raise UserError(f"mesh {text}: sizes must be at least 1, or -1 for the rest")

@@ -25,19 +25,17 @@ def look_up(table: jax.Array, size: int, tokens: jax.Array, mesh: Mesh | None) -
 def _look_up_backward(size: int, mesh: Mesh | None, tokens: jax.Array, upstream: jax.Array) -> tuple:
     D = upstream.shape[-1]
 
-    def sum_equal(tokens, upstream):  # on each device: each token once; the places that are left have no row
-        ids, place = jnp.unique(tokens, size=tokens.size, fill_value=size, return_inverse=True)
+    def sum_equal(tokens, upstream):  # on each device: each token once; the rest of `ids` has no row
+        ids, inverse = jnp.unique(tokens, size=tokens.size, fill_value=size, return_inverse=True)
         rows = upstream.reshape(-1, D).astype(jnp.float32)
-        sums = jax.ops.segment_sum(rows, place.reshape(-1), tokens.size)
+        sums = jax.ops.segment_sum(rows, inverse.reshape(-1), tokens.size)
         return ids.reshape(tokens.shape), sums.astype(upstream.dtype).reshape(upstream.shape)
 
     if upstream.dtype != jnp.float32:
         if mesh is not None:
             rows = spec(mesh, ("batch", "residual_length", "width"), upstream.shape)
-            places = (PartitionSpec(*rows[:2]), rows)
-            sum_equal = jax.shard_map(
-                sum_equal, mesh=mesh, in_specs=places, out_specs=places, check_vma=False
-            )
+            specs = (PartitionSpec(*rows[:2]), rows)
+            sum_equal = jax.shard_map(sum_equal, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
         tokens, upstream = sum_equal(tokens, upstream)
     return jnp.zeros((size, D), upstream.dtype).at[tokens].add(upstream, mode="drop"), None
 

@@ -33,13 +33,13 @@ def mesh_shape(
     """
     sizes = sizes if isinstance(sizes, MeshConfig) else MeshConfig(**sizes)
     shape = [getattr(sizes, axis) for axis in AXES]
-    written = " × ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
+    text = " × ".join(f"{axis} {size}" for axis, size in zip(AXES, shape, strict=True))
     fixed = math.prod(size for size in shape if size != -1)
     if -1 in shape and num_devices % fixed == 0:
         shape[shape.index(-1)] = num_devices // fixed
     if math.prod(shape) != num_devices:
         raise UserError(
-            f"mesh {written} does not multiply to the {num_devices} devices here:"
+            f"mesh {text} does not multiply to the {num_devices} devices here:"
             f" set {option} so that it does, or one axis to -1"
         )
     return tuple(shape)
@@ -72,9 +72,9 @@ def make_mesh(
             f"{option}: data is {shape[0]}, which must be a multiple of the {len(slices)} TPU slices, whose"
             " network carries nothing but data parallelism"
         )
-    inside = (shape[0] // len(slices), *shape[1:])
+    slice_shape = (shape[0] // len(slices), *shape[1:])
     grids = [
-        mesh_utils.create_device_mesh(inside, group, allow_split_physical_axes=True)
+        mesh_utils.create_device_mesh(slice_shape, group, allow_split_physical_axes=True)
         for _, group in sorted(slices.items())
     ]
     return Mesh(np.concatenate(grids), AXES)
@@ -100,8 +100,8 @@ def parse_mesh(text: str) -> dict[str, int]:
       UserError: an unknown axis, one that is named twice, or a size that is no number.
     """
     sizes: dict[str, int] = {}
-    for part in filter(None, text.split(",")):
-        axis, _, size = (word.strip() for word in part.partition("="))
+    for item in filter(None, text.split(",")):
+        axis, _, size = (word.strip() for word in item.partition("="))
         if axis not in AXES or axis in sizes or not re.fullmatch(r"-?[0-9]{1,9}", size):
             raise UserError(
                 f"cannot read mesh {text!r}: write it as fsdp=4,tensor=2 with axes {', '.join(AXES)}, each at"

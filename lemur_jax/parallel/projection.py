@@ -142,19 +142,19 @@ class Projection:
 
     def _products(self, x, products, reduction: Reduction | None, dtype: str | None = None, narrow: str = ""):
         narrow = narrow if reduction else ""  # rounding has no gradient but the one written here
-        each = tuple(
+        einsums = tuple(
             Product(equation, tuple(weight.axes), self.mesh, reduction, dtype, narrow)
             for equation, weight in products
         )
         values = tuple(weight.get_value() for _, weight in products)
         weights = tuple(value.base if isinstance(value, Adapted) else value for value in values)
         if reduction is None or any(map(is_quantized, weights)):  # integers have no gradient
-            results = tuple(product(x, weight) for product, weight in zip(each, weights, strict=True))
+            results = tuple(product(x, weight) for product, weight in zip(einsums, weights, strict=True))
         else:
-            results = sharded_products(each, x, weights)
+            results = sharded_products(einsums, x, weights)
         return tuple(
             y + product.low_rank(x, value) if isinstance(value, Adapted) else y
-            for product, value, y in zip(each, values, results, strict=True)
+            for product, value, y in zip(einsums, values, results, strict=True)
         )
 
 
@@ -199,8 +199,8 @@ def _gather(weight: Any, axes: tuple[str, ...], mesh: Mesh | None) -> Any:
     It is cast before, so that fewer bytes travel; the constraint makes the partitioner gather weights instead of
     reducing activations.
     """
-    whole = tuple("width" if axis in ("embed", "expert_embed") else axis for axis in axes)
-    return jax.tree.map(lambda part: constrain(part, mesh, *scale_axes(whole, part.shape)), weight)
+    gathered_axes = tuple("width" if axis in ("embed", "expert_embed") else axis for axis in axes)
+    return jax.tree.map(lambda array: constrain(array, mesh, *scale_axes(gathered_axes, array.shape)), weight)
 
 
 def rounded_factor(x: jax.Array, letters: str, kept: str, dtype: str) -> Any:
@@ -250,20 +250,20 @@ class Product:
         return self._times_weight(x, left, result, weight, self.dtype)
 
     def _times_weight(
-        self, x: jax.Array, letters: str, made: str, weight: Any, dtype: str | None, kind: int = 0
+        self, x: jax.Array, letters: str, result: str, weight: Any, dtype: str | None, kind: int = 0
     ) -> jax.Array:
         """The product of an array with the gathered weight.
 
         Args:
-          letters, made: the einsum's letters of `x` and of the result.
+          letters, result: the einsum's letters of `x` and of the result.
           kind: 0: `x` are activations; 1: a gradient from above.
         """
         _, right, _ = self._letters()
-        equation = f"{letters},{right}->{made}"
+        equation = f"{letters},{right}->{result}"
         if not self.narrow:
             return einsum(equation, x, gather_weight(weight, self.axes, self.mesh, x.dtype), dtype=dtype)
         rounding = ROUNDINGS[self.narrow]
-        kept = "" if rounding.per_tensor else made
+        kept = "" if rounding.per_tensor else result
         rounded = rounded_factor(weight.astype(x.dtype), right, kept, rounding.dtype)
         factors = rounded_factor(x, letters, kept, rounding[kind]), _gather(rounded, self.axes, self.mesh)
         return einsum(equation, *factors, dtype=x.dtype)
@@ -273,8 +273,8 @@ class Product:
         left, right, result = self._letters()
         cut = num_inputs(self.axes)
         a, b = (
-            gather_weight(part, axes, self.mesh, x.dtype)
-            for part, axes in ((weight.a, (*self.axes[:cut], "rank")), (weight.b, ("rank", *self.axes[cut:])))
+            gather_weight(leaf, axes, self.mesh, x.dtype)
+            for leaf, axes in ((weight.a, (*self.axes[:cut], "rank")), (weight.b, ("rank", *self.axes[cut:])))
         )
         inner = einsum(f"{left},{right[:cut]}R->BTR", weight.drop(x), a)
         return weight.scale * einsum(f"BTR,R{right[cut:]}->{result}", inner, b, dtype=self.dtype)
@@ -294,11 +294,11 @@ class Product:
         """The gradient of the weight, sharded like the weight."""
         assert self.mesh is not None
         assert self.reduction is not None
-        placed = spec(self.mesh, self.axes, weight.shape)
+        target = spec(self.mesh, self.axes, weight.shape)
         dtype, exchange = self.reduction
         if exchange:
-            return self._place(self._exchange(x, upstream, dtype, placed).astype(weight.dtype), *placed)
-        return self._place(self._reduce(x, upstream, dtype), *placed).astype(weight.dtype)
+            return self._place(self._exchange(x, upstream, dtype, target).astype(weight.dtype), *target)
+        return self._place(self._reduce(x, upstream, dtype), *target).astype(weight.dtype)
 
     def _reduce(self, x: jax.Array, upstream: jax.Array, dtype: str) -> jax.Array:
         left, right, result = self._letters()
@@ -306,35 +306,35 @@ class Product:
             return self._outer(left, x, result, upstream, right, dtype)
         factors = sorted([(x, left), (upstream, result)], key=lambda factor: factor[0].size)
         (small, first), (large, second) = factors
-        made = right
+        letters = right
         if platform(self.mesh) == "cpu":
-            made = "".join(sorted(right, key=lambda axis: axis in second))
-        gradient = einsum(f"{first},{second}->{made}", small, large, dtype=dtype)
-        if made != right:
-            gradient = jnp.einsum(f"{made}->{right}", jax.lax.optimization_barrier(gradient))
+            letters = "".join(sorted(right, key=lambda axis: axis in second))
+        gradient = einsum(f"{first},{second}->{letters}", small, large, dtype=dtype)
+        if letters != right:
+            gradient = jnp.einsum(f"{letters}->{right}", jax.lax.optimization_barrier(gradient))
         return gradient
 
-    def _exchange(self, x: jax.Array, upstream: jax.Array, dtype: str, placed: PartitionSpec) -> jax.Array:
+    def _exchange(self, x: jax.Array, upstream: jax.Array, dtype: str, target: PartitionSpec) -> jax.Array:
         left, right, result = self._letters()
 
         def by_device(array):  # [B, ...] -> [X, Y, B / XY, ...]
             return array.reshape(self.mesh.shape["data"], _fsdp_ways(self.mesh), -1, *array.shape[1:])
 
         own = self._outer(f"XY{left}", by_device(x), f"XY{result}", by_device(upstream), f"XY{right}", dtype)
-        whole = (None if axis == "embed" else where for axis, where in zip(self.axes, placed, strict=True))
-        own = self._place(own, "data", RULES["embed"], *whole)
-        return _sum_parts(self._place(own, "data", None, *placed))
+        entries = (None if axis == "embed" else entry for axis, entry in zip(self.axes, target, strict=True))
+        own = self._place(own, "data", RULES["embed"], *entries)
+        return _sum_parts(self._place(own, "data", None, *target))
 
     def _outer(
-        self, left: str, x: jax.Array, above: str, upstream: jax.Array, made: str, dtype: str
+        self, left: str, x: jax.Array, above: str, upstream: jax.Array, result: str, dtype: str
     ) -> jax.Array:
         """The product of activations with the gradient of the result, whose positions are summed."""
         factors: tuple[Any, ...] = x, upstream
         if self.narrow:
             forward, backward, per_tensor = ROUNDINGS[self.narrow]
-            kept = "" if per_tensor else made
+            kept = "" if per_tensor else result
             factors = rounded_factor(x, left, kept, forward), rounded_factor(upstream, above, kept, backward)
-        return einsum(f"{left},{above}->{made}", *factors, dtype=dtype)
+        return einsum(f"{left},{above}->{result}", *factors, dtype=dtype)
 
     def _place(self, array: jax.Array, *entries) -> jax.Array:
         return jax.lax.with_sharding_constraint(array, NamedSharding(self.mesh, PartitionSpec(*entries)))
@@ -366,11 +366,11 @@ def _forward(products, x, weights):
 def _backward(products, saved, upstream):
     x, weights = saved
     back, gradients = None, []
-    for product, weight, above in zip(products, weights, upstream, strict=True):
-        above = above.astype(x.dtype)
-        part = product.input_gradient(above, weight)
-        back = part if back is None else back + part
-        gradients.append(product.weight_gradient(x, above, weight))
+    for product, weight, grad in zip(products, weights, upstream, strict=True):
+        grad = grad.astype(x.dtype)
+        term = product.input_gradient(grad, weight)
+        back = term if back is None else back + term
+        gradients.append(product.weight_gradient(x, grad, weight))
     if products[0].reduction.exchange:
         # The barrier makes both results available together, so the scheduler overlaps the exchange with the product
         # `back`. Without it, all exchanges of a layer start at the layer's end, where too little work is left.

@@ -1,8 +1,8 @@
 """One table from logical axes to mesh axes, for parameters and activations alike.
 
-A parameter names its axes where it is made (`models/decoder.py`); this file alone says where an axis
-lies. FSDP is nothing but the rows `embed` and `expert_embed`: every matrix has one of them once, so every matrix, its
-gradient and its optimizer moments are cut `fsdp` ways. Axis `expert` cuts experts, and otherwise what `fsdp` cuts.
+A parameter names its axes where it is made (`models/decoder.py`); only this file says how an axis is
+sharded. FSDP is just the rules of `embed` and `expert_embed`: every matrix has one of them once, so every matrix, its
+gradient and its optimizer moments are sharded over `fsdp`. Axis `expert` shards experts, and else what `fsdp` shards.
 """
 
 import math
@@ -38,17 +38,17 @@ RULES: dict[str, MeshAxes] = {
     "width": None,
 }
 
-# What an axis is taken for where the mesh does not divide it: vocabularies such as 32,005 are divisible by nothing, and
-# in decoding there is one position.
+# The axis to use instead of one that the mesh does not divide: vocabularies such as 32,005 are divisible by nothing,
+# and in decoding there is one position.
 IF_UNEVEN = {"vocab": "width", "residual_length": "length"}
 
 
-def batch_ways(mesh: Mesh) -> int:
-    """Devices that cut the rows of a batch."""
-    return _ways(mesh, RULES["batch"])
+def batch_shards(mesh: Mesh) -> int:
+    """The number of shards of the rows of a batch."""
+    return _num_shards(mesh, RULES["batch"])
 
 
-def _ways(mesh: Mesh, axes: MeshAxes) -> int:
+def _num_shards(mesh: Mesh, axes: MeshAxes) -> int:
     names = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(mesh.shape[name] for name in names)
 
@@ -63,17 +63,17 @@ def spec(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...], what: str = 
         raise UserError(f"{what} has shape {shape} but the logical axes {axes}")
     entries: list[MeshAxes] = []
     for axis, size in zip(axes, shape, strict=True):
-        if axis in IF_UNEVEN and size % _ways(mesh, RULES[axis]):
+        if axis in IF_UNEVEN and size % _num_shards(mesh, RULES[axis]):
             axis = IF_UNEVEN[axis]
         if axis not in RULES:
             raise UserError(
                 f"{what}: no sharding rule for logical axis {axis!r}; add one to parallel/rules.py"
             )
         mesh_axes = RULES[axis]
-        ways = _ways(mesh, mesh_axes)
-        if size % ways:
+        shards = _num_shards(mesh, mesh_axes)
+        if size % shards:
             raise UserError(
-                f"{what}: axis {axis!r} of size {size} is not divisible by {ways}, the size of mesh axis"
+                f"{what}: axis {axis!r} of size {size} is not divisible by {shards}, the size of mesh axis"
                 f" {mesh_axes!r}: change the mesh or the model"
             )
         entries.append(mesh_axes)
@@ -91,7 +91,7 @@ def param_shardings(mesh: Mesh, abstract: Mapping[str, Any], axes: Mapping[str, 
 
 
 def with_shardings(mesh: Mesh, abstract: Any, axes: Any) -> Any:
-    """A tree of ShapeDtypeStructs with their shardings; arguments as of `param_shardings`."""
+    """A tree of ShapeDtypeStructs with their shardings; arguments as in `param_shardings`."""
     shardings = param_shardings(mesh, abstract, axes)
     return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), abstract, shardings)
 

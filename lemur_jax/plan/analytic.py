@@ -2,8 +2,8 @@
 
 Axis legend: D model, H query heads, K key heads, N head width, F mlp, L layers.
 
-They cost a millisecond where a compilation costs minutes: a search drops with them what cannot fit or cannot win.
-Counted is only what cannot be avoided: no padding, no workspace, every transfer hidden, every product at the peak.
+They take a millisecond and a compilation minutes: a search uses them to drop what cannot fit or cannot win.
+They count only what cannot be avoided: no padding, no workspace, every transfer hidden, every product at the peak.
 """
 
 import dataclasses
@@ -122,23 +122,23 @@ def _state(
     mesh: Any,
 ) -> TrainState:
     """The abstract train state on the mesh."""
-    made = make_optimizer(optimizer, steps, trained_axes(model, adapter))
-    return run_state(model, adapter, dtype, made, mesh)
+    tx = make_optimizer(optimizer, steps, trained_axes(model, adapter))
+    return run_state(model, adapter, dtype, tx, mesh)
 
 
 @functools.cache
 def remat_decision(policy: str, name: str) -> str:
     """What a policy of models/remat.py does with a named value: "keep", "host" or "recompute"."""
-    chosen = POLICIES[policy]
-    if chosen is None or (policy == "dots" and name != "attention_out"):  # "dots" knows products, not names
+    rule = POLICIES[policy]
+    if rule is None or (policy == "dots" and name != "attention_out"):  # "dots" knows products, not names
         return "keep"
     # The primitive that carries a name, as the policies see it.
-    named = jax.make_jaxpr(lambda x: checkpoint_name(x, name))(0.0).eqns[0]
-    answer = chosen(named.primitive, **named.params)
-    if isinstance(answer, bool):
-        return "keep" if answer else "recompute"
+    eqn = jax.make_jaxpr(lambda x: checkpoint_name(x, name))(0.0).eqns[0]
+    decision = rule(eqn.primitive, **eqn.params)
+    if isinstance(decision, bool):
+        return "keep" if decision else "recompute"
     kinds = {"Offloadable": "host", "SaveableType": "keep", "RecomputeType": "recompute"}
-    return kinds[type(answer).__name__]
+    return kinds[type(decision).__name__]
 
 
 def stored_bytes(
@@ -159,24 +159,24 @@ def stored_bytes(
     if compute.remat == "none":
         norms = 4 * model.hidden_size * 4 // itemsize
         elements |= {"norms": norms, "activation function": 3 * model.active_mlp_width}
-    places = {name: remat_decision(compute.remat, name) for name in elements}
-    if places["layer_in"] == "recompute":
-        places["layer_in"] = "keep"
+    decisions = {name: remat_decision(compute.remat, name) for name in elements}
+    if decisions["layer_in"] == "recompute":
+        decisions["layer_in"] = "keep"
     size = itemsize * model.num_hidden_layers
-    cut = mesh.shape["tensor"]
-    stream = cut if "tensor" in spec(mesh, ("residual_length",), (length,))[0] else 1
+    shards = mesh.shape["tensor"]
+    stream = shards if "tensor" in spec(mesh, ("residual_length",), (length,))[0] else 1
     return [
-        (name, size * elements[name] / (stream if name in ("layer_in", "residual", "norms") else cut))
-        for name, place in places.items()
-        if place == where
+        (name, size * elements[name] / (stream if name in ("layer_in", "residual", "norms") else shards))
+        for name, decision in decisions.items()
+        if decision == where
     ]
 
 
 def _flops_per_token(model: DecoderConfig, compute: ComputeConfig, T: int, adapted: bool) -> float:
     """FLOPs per token of an update: three passes, and what the policy recomputes; attention causal."""
     named = _named_values(model, compute, T).items()
-    repeated = sum(cost for name, (_, cost) in named if remat_decision(compute.remat, name) == "recompute")
-    return flops.train_flops_per_token(model, T, adapted) + model.num_hidden_layers * repeated
+    extra = sum(cost for name, (_, cost) in named if remat_decision(compute.remat, name) == "recompute")
+    return flops.train_flops_per_token(model, T, adapted) + model.num_hidden_layers * extra
 
 
 def _named_values(model: DecoderConfig, compute: ComputeConfig, T: int) -> dict[str, tuple[float, float]]:
@@ -202,7 +202,7 @@ def _transfers(
 ) -> tuple[float, float]:
     """Seconds of everything that moves, over all links at once, and seconds of the activations alone over one link.
 
-    Moved are gathered weights, summed activations, and positions exchanged for heads.
+    Gathered weights, summed activations, and positions exchanged for heads are counted.
 
     `tokens`: of a device.
     """
@@ -212,9 +212,9 @@ def _transfers(
     sizes, weights, shards = param_sizes(model), 0.0, 0.0
     # Weights of experts are gathered over fsdp alone.
     routed = sum(size for path, size in sizes.items() if "/mlp/" in path) if model.num_experts else 0
-    for number, ways in ((sum(sizes.values()) - routed, fsdp * expert), (routed / expert, fsdp)):
-        weights += number / tensor * (ways - 1) / ways
-        shards += number / tensor / ways
+    for count, ways in ((sum(sizes.values()) - routed, fsdp * expert), (routed / expert, fsdp)):
+        weights += count / tensor * (ways - 1) / ways
+        shards += count / tensor / ways
     # Two sums of the layer's width forward and two backward, each a reduce-scatter and a gather.
     layers = model.num_hidden_layers
     activations = 8 * layers * tokens * model.hidden_size * size * (tensor - 1) / tensor

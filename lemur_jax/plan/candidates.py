@@ -25,7 +25,7 @@ TENSOR_WAYS = (1, 2, 4, 8)
 # Rows are cut into pieces of at least this many positions; shorter pieces gather keys and values for too little work.
 SHORTEST_PIECE = 2048
 SHARES = (0.0, 0.25, 0.5, 0.625, 0.75)
-# What a program needs of its bounds where none like it was compiled; Llama-2-70B on v5p waits for the host 2 of 14 s.
+# What a program needs over its bounds if none like it was compiled; Llama-2-70B on v5p waits for the host 2 of 14 s.
 _USUAL_MEMORY, _USUAL_TIME, _USUAL_TIME_OFFLOADING = 1.15, 1.2, 1.4
 # What a full HBM is expected to cost: the scheduler overlaps less. Of equal bounds the smaller program comes first.
 COST_OF_MEMORY = 0.05
@@ -140,37 +140,37 @@ def refinements(best: Trial, compute: ComputeConfig, device_kind: str) -> Iterat
         current = {
             name: best.changes.get(name, getattr(compute, name.removeprefix("compute."))) for name in values
         }
-        wanted = dict(values)
+        refined = dict(values)
         if OPTIONS in values:
             added = values[OPTIONS]
             if not exchanges_gradients(device_kind, current[OPTIONS]):  # they are summed already
                 added = tuple(option for option in added if option not in SPARSECORE_SUMS)
-            wanted[OPTIONS] = current[OPTIONS] + added
-            before, after = (compiler_options(device_kind, each[OPTIONS]) for each in (current, wanted))
-            lowered = any(after[name] < value for name, value in before.items() if type(value) is int)
-            if lowered or after == before:
-                wanted[OPTIONS] = current[OPTIONS]
-        if changed := {name: value for name, value in wanted.items() if value != current[name]}:
+            refined[OPTIONS] = current[OPTIONS] + added
+            old, new = (compiler_options(device_kind, each[OPTIONS]) for each in (current, refined))
+            lowered = any(new[name] < value for name, value in old.items() if type(value) is int)
+            if lowered or new == old:
+                refined[OPTIONS] = current[OPTIONS]
+        if changed := {name: value for name, value in refined.items() if value != current[name]}:
             yield Candidate(changes=best.changes | changed, bound=best.bound), best.seconds * factor
 
 
 def likely_bytes(candidate: Candidate, trials: Sequence[Trial]) -> float:
     """HBM of a device: the bound, corrected by the most similar compiled program."""
-    near = _nearest(candidate, [trial for trial in trials if trial.plan and trial.plan.hbm_bytes_per_chip])
-    if near is None:
+    nearest = _nearest(candidate, [trial for trial in trials if trial.plan and trial.plan.hbm_bytes_per_chip])
+    if nearest is None:
         return candidate.bound.bytes * _USUAL_MEMORY
-    return _corrected(candidate.bound.bytes, near.bound.bytes, near.device_bytes, near, candidate)
+    return _corrected(candidate.bound.bytes, nearest.bound.bytes, nearest.device_bytes, nearest, candidate)
 
 
 def likely_seconds(candidate: Candidate, trials: Sequence[Trial]) -> float:
     """Step time: the bound, corrected by the most similar compiled program and by what refinements gave elsewhere."""
-    near = _nearest(candidate, [trial for trial in trials if trial.fits])
-    if near is None:
+    nearest = _nearest(candidate, [trial for trial in trials if trial.fits])
+    if nearest is None:
         usual = _USUAL_TIME_OFFLOADING if candidate.bound.host else _USUAL_TIME
         return _bound_seconds(candidate) * usual * _gain(candidate.refinement, trials)
-    plain = near.seconds / _gain(near.refinement, trials)
-    bounds = _bound_seconds(candidate), _bound_seconds(near)
-    return _corrected(*bounds, plain, near, candidate) * _gain(candidate.refinement, trials)
+    plain = nearest.seconds / _gain(nearest.refinement, trials)
+    bounds = _bound_seconds(candidate), _bound_seconds(nearest)
+    return _corrected(*bounds, plain, nearest, candidate) * _gain(candidate.refinement, trials)
 
 
 def _bound_seconds(candidate: Candidate) -> float:
@@ -180,15 +180,15 @@ def _bound_seconds(candidate: Candidate) -> float:
 def _nearest(candidate: Candidate, trials: Sequence[Trial]) -> Trial | None:
     """The trial with the same policy and the most equal values of the layout.
 
-    What waits for the host says nothing of what does not.
+    A program that offloads to the host is compared only with others that do.
     """
 
     def equal_values(trial: Trial) -> tuple[bool, int]:
         same = [name for name, value in candidate.layout.items() if trial.changes[name] == value]
         return REMAT in same, len(same)
 
-    alike = (trial for trial in trials if bool(trial.bound.host) == bool(candidate.bound.host))
-    return max(alike, key=equal_values, default=None)
+    comparable = (trial for trial in trials if bool(trial.bound.host) == bool(candidate.bound.host))
+    return max(comparable, key=equal_values, default=None)
 
 
 def _corrected(
@@ -205,11 +205,11 @@ def _corrected(
 
 def _gain(refinement: Changes, trials: Sequence[Trial]) -> float:
     """Step time with the refinement over that without it, for a layout that was compiled both ways; else 1."""
-    for number, trial in enumerate(trials):
+    for index, trial in enumerate(trials):
         if refinement and trial.fits and trial.refinement == refinement:
-            before = (each for each in trials[:number] if each.fits and each.layout == trial.layout)
-            if base := next(before, None):
-                return trial.seconds / base.seconds * _gain(base.refinement, trials[:number])
+            earlier = (other for other in trials[:index] if other.fits and other.layout == trial.layout)
+            if base := next(earlier, None):
+                return trial.seconds / base.seconds * _gain(base.refinement, trials[:index])
     return 1.0
 
 

@@ -69,13 +69,13 @@ def compile_program(function: jax.stages.Wrapped, *arguments: Any, what: str, **
         try:
             compiled = lowered.compile(compiler_options={"xla_dump_to": dumps, "xla_dump_hlo_as_text": True})
         except jax.errors.JaxRuntimeError as error:
-            if wrong := re.search(r"(No such compile option: |Failed to parse ).*", str(error)):
-                raise UserError(f"{wrong[0].rstrip(' :')}: correct config.compute.compiler_options") from None
+            if match := re.search(r"(No such compile option: |Failed to parse ).*", str(error)):
+                raise UserError(f"{match[0].rstrip(' :')}: correct config.compute.compiler_options") from None
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             return out_of_memory(str(error), time.monotonic() - start)
-        written = list(pathlib.Path(dumps).glob("*.after_codegen.txt"))
-        text = written[0].read_text() if written else compiled.as_text()
+        dump_files = list(pathlib.Path(dumps).glob("*.after_codegen.txt"))
+        text = dump_files[0].read_text() if dump_files else compiled.as_text()
     memory = compiled.memory_analysis()
     host = memory.host_temp_size_in_bytes + memory.host_argument_size_in_bytes
     peak = memory.peak_memory_in_bytes
@@ -106,7 +106,7 @@ def out_of_memory(message: str, seconds: float) -> Compiled:
 
     Far above the limit it states two sizes, "(53.65G) exceeds available HBM (30.75G)"; near it, a report with
     "Used 33.1G of 30.7G hbm" and the largest allocations, "1. Size: 4.00G / Operator: op_name=... / Shape: ...". A
-    shortage of vector memory ("of 16.00M vmem") is no HBM: `peak_bytes` is then 0.
+    shortage of vector memory ("of 16.00M vmem") is not one of HBM: `peak_bytes` is then 0.
     """
     used = re.search(r"Used ([\d.]+[KMGT]?) of [\d.]+[KMGT]? hbm|temporaries \(([\d.]+[KMGT]?)\)", message)
     largest = []

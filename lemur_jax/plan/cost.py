@@ -1,6 +1,6 @@
 """Estimates how long a compiled step takes on the slice that it was compiled for.
 
-Nothing here is measured. Computation: the compiler's own cycle counts, each loop body as often as the loop turns.
+Nothing here is measured. Computation: the compiler's own cycle counts, each loop body times its trip count.
 Collectives: bytes over the links that the group spans. Attention kernels: a model fitted to the compiler's static
 schedules of them (plan/kernels.py). docs/planner_details.md has the assumptions.
 """
@@ -101,21 +101,21 @@ class Network:
           group: participating devices.
           size: bytes per device: of the whole result for an all-gather, else of the operand.
         """
-        ways = len(group)
-        if ways == 1 or not size:
+        devices = len(group)
+        if devices == 1 or not size:
             return 0.0
         axes, slices = self._axes(group)
         passes = 2 if kind == "all-reduce" else 1
-        inside = ways // slices
+        per_slice = devices // slices
         links = sum(count for _, count in axes) or 1
         hops = sum(span / 2 if count == 2 else span - 1 for span, count in axes)
         if kind in ("all-to-all", "ragged-all-to-all"):
             distance = sum(span / 4 if count == 2 else span / 3 for span, count in axes)
-            seconds = size / ways * (ways - 1) * distance / (links * self.chip.link)
+            seconds = size / devices * (devices - 1) * distance / (links * self.chip.link)
         else:
-            seconds = passes * size * (inside - 1) / inside / (links * self.chip.link)
+            seconds = passes * size * (per_slice - 1) / per_slice / (links * self.chip.link)
         if slices > 1:  # each device sends its own share
-            seconds += passes * size / inside * (slices - 1) / slices / self.chip.dcn
+            seconds += passes * size / per_slice * (slices - 1) / slices / self.chip.dcn
         return seconds + passes * hops * HOP
 
     def transfer(self, pairs: list[tuple[int, int]], size: float) -> float:
@@ -152,15 +152,15 @@ class Estimator:
         """Issues the instructions in order.
 
         Started collectives run one after the other beside the computation, and so do copies to and from the host on
-        their own link. Who needs the result waits until it is there.
+        their own link. An instruction that needs the result waits for it.
         """
         if name in self._finished:
             return self._finished[name]
         cost = Cost()
         busy: dict[str, float] = collections.defaultdict(float)  # link -> when it is free again
         pending: dict[str, tuple[float, str]] = {}
-        for each in self.module.computations[name].values():
-            stage, key, kind, wire = self._communication(each)
+        for instr in self.module.computations[name].values():
+            stage, key, kind, wire = self._communication(instr)
             link = HOST if kind == HOST else BETWEEN if kind.endswith(BETWEEN) else "network"
             if stage == "start":
                 busy[link] = max(busy[link], cost.seconds) + wire.seconds
@@ -173,20 +173,20 @@ class Estimator:
             elif stage == "whole":
                 # A collective in a fusion runs beside the fusion's own computation. It delays what was started before
                 # on the same links.
-                compute = self._compute(each, cost)
+                compute = self._compute(instr, cost)
                 busy[link] = max(busy[link], cost.seconds - compute) + wire.seconds
                 wire.exposed = max(0.0, wire.seconds - compute)
                 cost.seconds += wire.exposed
                 cost.traffic[kind].add(wire)
-            elif each.opcode == "while":
-                cost.add(self._computation(each.attribute("body")), self._trips(name, each))
-            elif each.opcode == "call":
-                cost.add(self._computation(each.called[0]))
-            elif each.opcode == "conditional":
-                branches = [self._computation(branch) for branch in each.called]
+            elif instr.opcode == "while":
+                cost.add(self._computation(instr.attribute("body")), self._trips(name, instr))
+            elif instr.opcode == "call":
+                cost.add(self._computation(instr.called[0]))
+            elif instr.opcode == "conditional":
+                branches = [self._computation(branch) for branch in instr.called]
                 cost.add(max(branches, key=lambda branch: branch.seconds, default=Cost()))
             else:
-                self._compute(each, cost)
+                self._compute(instr, cost)
         self._finished[name] = cost
         return cost
 
@@ -198,23 +198,23 @@ class Estimator:
                 raise
             return self.uncounted
 
-    def _compute(self, each: hlo.Instruction, cost: Cost) -> float:
+    def _compute(self, instr: hlo.Instruction, cost: Cost) -> float:
         """Adds a computing instruction; returns its seconds."""
-        kernel = kernels.cycles(each, self.chip)
-        grouped = kernels.grouped_cycles(each, self.chip, self.module.inside(each))
-        unknown = each.cycles is None or (each.is_kernel and not each.cycles)
+        kernel = kernels.cycles(instr, self.chip)
+        grouped = kernels.grouped_cycles(instr, self.chip, self.module.inside(instr))
+        unknown = instr.cycles is None or (instr.is_kernel and not instr.cycles)
         cost.unestimated += unknown and kernel is None and grouped is None
-        counted = next(filter(None, (grouped, kernel, each.cycles)), 0)
+        counted = next(filter(None, (grouped, kernel, instr.cycles)), 0)
         seconds = counted / self.chip.clock
         if not seconds:
             return 0.0
-        inner = {each.opcode, *(one.opcode for one in self.module.inside(each))}
-        matmul = grouped is not None or inner & {"convolution", "dot"}
+        opcodes = {instr.opcode, *(inner.opcode for inner in self.module.inside(instr))}
+        matmul = grouped is not None or opcodes & {"convolution", "dot"}
         cost.seconds += seconds
         cost.compute[ATTENTION if kernel is not None else MATMUL if matmul else OTHER] += seconds
         return seconds
 
-    def _communication(self, each: hlo.Instruction) -> tuple[str, str, str, Traffic]:
+    def _communication(self, instr: hlo.Instruction) -> tuple[str, str, str, Traffic]:
         """(stage, key, kind, traffic) of an instruction; stage "" if it does not communicate.
 
         Inside a slice there are four forms: plain; a pair of `-start` and `-done`; on v5e fusions that start a
@@ -224,54 +224,54 @@ class Estimator:
         the latter waits.
         """
         nothing = "", "", "", Traffic()
-        rendezvous = hlo.between_slices(each)
-        if each.opcode == "recv" and rendezvous:
-            self._received[each.name] = rendezvous
+        rendezvous = hlo.between_slices(instr)
+        if instr.opcode == "recv" and rendezvous:
+            self._received[instr.name] = rendezvous
             return nothing
-        if each.opcode == "send" and rendezvous:
-            return "start", rendezvous, *self._sent(each)
-        if each.opcode.endswith("-done"):
-            return "done", self._received.get(each.operands[0], each.operands[0]), "", Traffic()
-        if each.opcode == "async-update" and each.operands[0] in self._prepared:
-            return "start", each.name, *self._prepared[each.operands[0]]
-        moved = hlo.host_transfer_bytes(each)
+        if instr.opcode == "send" and rendezvous:
+            return "start", rendezvous, *self._sent(instr)
+        if instr.opcode.endswith("-done"):
+            return "done", self._received.get(instr.operands[0], instr.operands[0]), "", Traffic()
+        if instr.opcode == "async-update" and instr.operands[0] in self._prepared:
+            return "start", instr.name, *self._prepared[instr.operands[0]]
+        moved = hlo.host_transfer_bytes(instr)
         if moved:
-            return "start", each.name, HOST, Traffic(count=1, bytes=moved, seconds=moved / self.chip.host)
-        inner = next(self._collectives(each), None)
+            return "start", instr.name, HOST, Traffic(count=1, bytes=moved, seconds=moved / self.chip.host)
+        inner = next(self._collectives(instr), None)
         if inner is None:
             return nothing
-        kind, wire = self._wire(each, inner)
-        if each.opcode == "async-start" and not each.operands:
-            self._prepared[each.name] = kind, wire
+        kind, wire = self._wire(instr, inner)
+        if instr.opcode == "async-start" and not instr.operands:
+            self._prepared[instr.name] = kind, wire
             return nothing
-        if each.opcode.endswith("-start"):
-            return "start", each.name, kind, wire
-        if each.name.startswith("async-collective-start"):
+        if instr.opcode.endswith("-start"):
+            return "start", instr.name, kind, wire
+        if instr.name.startswith("async-collective-start"):
             return "start", inner.attribute("channel_id"), kind, wire
-        if each.name.startswith("async-collective-done"):
+        if instr.name.startswith("async-collective-done"):
             return "done", inner.attribute("channel_id"), kind, Traffic()
-        if any(name.startswith("async_collective_fusion") for name in each.called):
+        if any(name.startswith("async_collective_fusion") for name in instr.called):
             return nothing  # continues what was started
         return "whole", "", kind, wire
 
-    def _collectives(self, each: hlo.Instruction) -> Iterator[hlo.Instruction]:
+    def _collectives(self, instr: hlo.Instruction) -> Iterator[hlo.Instruction]:
         """The instruction itself if it is a collective, else those inside a fusion or an `async-start`."""
-        if _kind(each):
-            yield each
-        elif each.opcode in ("fusion", "async-start"):
-            yield from (one for one in self.module.inside(each) if _kind(one))
+        if _kind(instr):
+            yield instr
+        elif instr.opcode in ("fusion", "async-start"):
+            yield from (inner for inner in self.module.inside(instr) if _kind(inner))
 
-    def _sent(self, each: hlo.Instruction) -> tuple[str, Traffic]:
+    def _sent(self, instr: hlo.Instruction) -> tuple[str, Traffic]:
         """(kind, traffic) of a `send` to the other slices; of an all-reduce each device sends and gets its share."""
-        kind = each.attribute("_xla_megascale_transfer_type").lower().replace("_", "-")
-        dtype, sizes = hlo.shapes(each.shape)[0]
+        kind = instr.attribute("_xla_megascale_transfer_type").lower().replace("_", "-")
+        dtype, sizes = hlo.shapes(instr.shape)[0]
         moved = hlo.bytes_of(dtype) * math.prod(sizes)
         slices = self.network.tpu.slices
         passes = 2 if kind == "all-reduce" else 1
         seconds = passes * moved * (slices - 1) / slices / self.chip.dcn
         return kind + BETWEEN, Traffic(count=1, bytes=moved, seconds=seconds)
 
-    def _wire(self, each: hlo.Instruction, collective: hlo.Instruction) -> tuple[str, Traffic]:
+    def _wire(self, instr: hlo.Instruction, collective: hlo.Instruction) -> tuple[str, Traffic]:
         """(kind, traffic) of the collective in an instruction."""
         kind = _kind(collective)
         size: float = hlo.num_bytes(collective.shape)
@@ -292,13 +292,13 @@ class Estimator:
                 size *= len(group)
             # TPU's reduce-scatter is a fusion of an all-reduce and the slice that each device keeps. On the wire it is
             # no all-reduce: docs/planner_details.md has a measured figure.
-            if any(name.startswith("all-reduce-scatter") for name in each.called):
+            if any(name.startswith("all-reduce-scatter") for name in instr.called):
                 kind = "reduce-scatter"
             seconds = self.network.seconds(kind, group, size)
         return kind + (BETWEEN if leaves else ""), Traffic(count=1, bytes=size, seconds=seconds)
 
 
-def _kind(each: hlo.Instruction) -> str:
+def _kind(instr: hlo.Instruction) -> str:
     """The kind of collective of an instruction, or ""."""
-    kind = each.opcode.removesuffix("-start")
+    kind = instr.opcode.removesuffix("-start")
     return kind if kind in hlo.COLLECTIVES else ""

@@ -21,7 +21,7 @@ from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import Compute
 from lemur_jax.parallel.config import MeshConfig
 from lemur_jax.parallel.mesh import make_mesh
-from lemur_jax.parallel.rules import batch_ways, spec
+from lemur_jax.parallel.rules import batch_shards, spec
 from lemur_jax.plan.compile import Compiled, compile_program, device_bytes
 from lemur_jax.plan.plan import Plan, estimate_cost, format_plan, program_plan
 from lemur_jax.plan.topologies import Slice, described_devices
@@ -79,17 +79,17 @@ def plan_generate(
     mesh = make_mesh(layout, described_devices(tpu))
     _check(model, mesh, batch, prompt_length, cache_length)
     params = abstract_params(model, mesh, dtype)
-    run = programs(model, Compute(dtype=dtype, mesh=mesh))
-    cache = _placed(jax.eval_shape(lambda: run.empty(batch, cache_length)), mesh, kv_cache.AXES)
-    rows = _placed(empty_rows(batch, cache_length, STOPS), mesh)
+    functions = programs(model, Compute(dtype=dtype, mesh=mesh))
+    cache = _with_shardings(jax.eval_shape(lambda: functions.empty(batch, cache_length)), mesh, kv_cache.AXES)
+    rows = _with_shardings(empty_rows(batch, cache_length, STOPS), mesh)
     sizes = {"parameters": device_bytes(params), "kv_cache": device_bytes(cache)}
     chunk = min(prompt_length, LANES)
-    tokens = _placed(jax.ShapeDtypeStruct((batch, chunk), jnp.int32), mesh)
-    start = _placed(jax.ShapeDtypeStruct((batch,), jnp.int32), mesh)
-    flags = _placed(jax.ShapeDtypeStruct((batch,), jnp.bool_), mesh)
-    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, jax.sharding.PartitionSpec()))
-    prefill = compile_program(run.prefill, params, cache, tokens, start, flags, what="prefill")
-    decode = compile_program(run.decode, params, cache, rows, flags, number, number, what="decode")
+    tokens = _with_shardings(jax.ShapeDtypeStruct((batch, chunk), jnp.int32), mesh)
+    start = _with_shardings(jax.ShapeDtypeStruct((batch,), jnp.int32), mesh)
+    flags = _with_shardings(jax.ShapeDtypeStruct((batch,), jnp.bool_), mesh)
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    prefill = compile_program(functions.prefill, params, cache, tokens, start, flags, what="prefill")
+    decode = compile_program(functions.decode, params, cache, rows, flags, scalar, scalar, what="decode")
     return GeneratePlan(
         dtype=dtype,
         batch=batch,
@@ -107,15 +107,15 @@ def _check(model: DecoderConfig, mesh: Mesh, B: int, T: int, S: int) -> None:
             f"--prompt-length {T} must be above 0 and below --cache-length {S}, and that at most"
             f" config.model.max_position_embeddings {model.max_position_embeddings}"
         )
-    ways = batch_ways(mesh)
-    if mesh.shape["sequence"] > 1 or B < 1 or B % ways:
+    shards = batch_shards(mesh)
+    if mesh.shape["sequence"] > 1 or B < 1 or B % shards:
         raise UserError(
-            f"--batch {B} must be a multiple of {ways}, the product of config.mesh.data, fsdp and expert,"
+            f"--batch {B} must be a multiple of {shards}, the product of config.mesh.data, fsdp and expert,"
             f" and config.mesh.sequence {mesh.shape['sequence']} must be 1"
         )
 
 
-def _placed(tree: Any, mesh: Mesh, axes: tuple[str, ...] = ("batch", "width")) -> Any:
+def _with_shardings(tree: Any, mesh: Mesh, axes: tuple[str, ...] = ("batch", "width")) -> Any:
     """The abstract arrays with the shardings of these logical axes."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(
@@ -126,7 +126,7 @@ def _placed(tree: Any, mesh: Mesh, axes: tuple[str, ...] = ("batch", "width")) -
 
 
 def _phase(compiled: Compiled, sizes: dict[str, int], tpu: Slice, mesh: Mesh, tokens: int) -> Plan:
-    """The plan of prefill or decode: not faster than parameters and cache are read once at the HBM's bandwidth."""
+    """The plan of prefill or decode: at least the time to read parameters and cache once at the HBM's bandwidth."""
     # The loop of decode ends when every sequence has ended; one turn of it is one token.
     estimate = estimate_cost(compiled, tpu, mesh, uncounted=1)
     if estimate:
@@ -140,13 +140,13 @@ def _phase(compiled: Compiled, sizes: dict[str, int], tpu: Slice, mesh: Mesh, to
 def format_generate_plan(plan: GeneratePlan) -> str:
     """The plan as text."""
     if plan.fits:
-        end = (
+        summary = (
             f"ESTIMATED {plan.prefill.tokens_per_second:,.0f} prompt tokens/s and"
             f" {plan.decode.tokens_per_second:,.0f} generated tokens/s, all sequences together (not measured)"
         )
     else:
-        end = "use a larger --config.mesh.tensor or --topology, or a smaller --batch or --cache-length"
+        summary = "use a larger --config.mesh.tensor or --topology, or a smaller --batch or --cache-length"
     return (
         f"{plan.batch} sequences, prompts of {plan.prompt_length}, cache of {plan.cache_length}, {plan.dtype}\n\n"
-        f"prefill on {format_plan(plan.prefill)}\n\ndecode on {format_plan(plan.decode)}\n\n{end}"
+        f"prefill on {format_plan(plan.prefill)}\n\ndecode on {format_plan(plan.decode)}\n\n{summary}"
     )

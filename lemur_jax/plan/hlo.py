@@ -65,19 +65,19 @@ class Instruction:
     @property
     def op_name(self) -> str:
         """The place in the Python program, as JAX's name stack."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1] if found else ""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else ""
 
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
         """Names of called computations, except the body and the condition of a loop."""
-        found = _CALLED.findall(self.attributes)
-        return tuple(name.strip().lstrip("%") for group in found for name in group.strip("{}").split(","))
+        matches = _CALLED.findall(self.attributes)
+        return tuple(name.strip().lstrip("%") for group in matches for name in group.strip("{}").split(","))
 
     def attribute(self, key: str) -> str:
         """The value of `key=value`, a name or a number; "" if absent."""
-        found = re.search(rf"\b{key}=%?([\w.\-\"]+)", self.attributes)
-        return found[1].strip('"') if found else ""
+        match = re.search(rf"\b{key}=%?([\w.\-\"]+)", self.attributes)
+        return match[1].strip('"') if match else ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,14 +88,14 @@ class Module:
     entry: str
 
     def root(self, computation: str) -> Instruction:
-        return next(each for each in self.computations[computation].values() if each.root)
+        return next(instr for instr in self.computations[computation].values() if instr.root)
 
     def inside(self, instruction: Instruction) -> Iterator[Instruction]:
         """The instructions of all computations that it calls, recursively."""
         for name in instruction.called:
-            for each in self.computations.get(name, {}).values():
-                yield each
-                yield from self.inside(each)
+            for instr in self.computations.get(name, {}).values():
+                yield instr
+                yield from self.inside(instr)
 
 
 def parse(text: str) -> Module:
@@ -129,36 +129,36 @@ def parse(text: str) -> Module:
 
 def _named_elements(body: dict[str, Instruction]) -> dict[str, Instruction]:
     """A computation in which an element of a tuple is an instruction of its own: JAX 0.12 writes `%tuple#1` instead."""
-    if not any("#" in each.arguments for each in body.values()):
+    if not any("#" in instr.arguments for instr in body.values()):
         return body
     result: dict[str, Instruction] = {}
-    for each in body.values():
-        arguments = each.arguments
+    for instr in body.values():
+        arguments = instr.arguments
         for name, indices in _ELEMENT.findall(arguments):
             element = result[name]
             for index in indices[1:].split("#"):
-                named = f"{element.name}.element.{index}"
-                if named not in result:
-                    result[named] = Instruction(
-                        name=named, opcode="get-tuple-element", shape=_elements(element.shape)[int(index)],
+                element_name = f"{element.name}.element.{index}"
+                if element_name not in result:
+                    result[element_name] = Instruction(
+                        name=element_name, opcode="get-tuple-element", shape=_elements(element.shape)[int(index)],
                         arguments=f"%{element.name}", attributes=f", index={index}", root=False,
                     )  # fmt: skip
-                element = result[named]
+                element = result[element_name]
             arguments = arguments.replace(f"%{name}{indices}", f"%{element.name}", 1)
-        result[each.name] = dataclasses.replace(each, arguments=arguments)
+        result[instr.name] = dataclasses.replace(instr, arguments=arguments)
     return result
 
 
 def _elements(shape: str) -> list[str]:
     """The shapes of a tuple's elements, as text."""
-    found, depth = [""], 0
+    elements, depth = [""], 0
     for each in re.sub(r"/\*.*?\*/", "", shape)[1:-1]:
         depth += (each in "({[") - (each in ")}]")
         if each == "," and depth == 0:
-            found.append("")
+            elements.append("")
         else:
-            found[-1] += each
-    return [each.strip() for each in found]
+            elements[-1] += each
+    return [each.strip() for each in elements]
 
 
 def _instruction(text: str) -> Instruction:
@@ -241,7 +241,7 @@ def trip_count(module: Module, computation: str, loop: Instruction) -> int:
     condition = loop.attribute("condition")
     test = module.root(condition)
     if test.opcode != "compare":  # `and` with a constant true, or a fusion of the comparison
-        test = next((each for each in module.inside(test) if each.opcode == "compare"), test)
+        test = next((instr for instr in module.inside(test) if instr.opcode == "compare"), test)
     if test.opcode != "compare" or test.attribute("direction") != "LT":
         raise ValueError(f"cannot count the trips of {loop.name}: its condition is {test.opcode}")
     initial = module.computations[computation][loop.operands[0]]
@@ -262,23 +262,23 @@ def trip_count(module: Module, computation: str, loop: Instruction) -> int:
 def _source(module: Module, computation: str, name: str) -> Instruction | None:
     """The instruction that makes a value, through copies."""
     body = module.computations[computation]
-    found = body.get(name)
-    while found is not None and found.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
-        found = body.get(found.operands[0])
-    return found
+    instr = body.get(name)
+    while instr is not None and instr.opcode in ("copy", "bitcast", "copy-done", "copy-start"):
+        instr = body.get(instr.operands[0])
+    return instr
 
 
 def _constant(module: Module, computation: str, name: str) -> int | None:
     """The value of a scalar constant; None if it is none."""
-    found = _source(module, computation, name)
-    return int(found.arguments) if found is not None and found.opcode == "constant" else None
+    instr = _source(module, computation, name)
+    return int(instr.arguments) if instr is not None and instr.opcode == "constant" else None
 
 
 def _increment(module: Module, body: str, index: int) -> int:
     """By how much the body of a loop raises element `index` of the carried tuple."""
     root = module.root(body)
-    found = _source(module, body, root.operands[index]) if root.opcode == "tuple" else None
-    terms = found.operands if found is not None and found.opcode == "add" else ()
+    instr = _source(module, body, root.operands[index]) if root.opcode == "tuple" else None
+    terms = instr.operands if instr is not None and instr.opcode == "add" else ()
     constants = (_constant(module, body, name) for name in terms)
     return next((value for value in constants if value is not None), 1)
 
@@ -302,13 +302,13 @@ def group(attributes: str, devices: int) -> list[int]:
     if meshed:
         axes = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", meshed[1])]
         strides = {
-            name: math.prod(size for _, size in axes[place + 1 :]) for place, (name, _) in enumerate(axes)
+            name: math.prod(size for _, size in axes[index + 1 :]) for index, (name, _) in enumerate(axes)
         }
-        chosen = []  # an axis may be cut: 'axis':(before)size
-        for name, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", meshed[4]):
+        chosen = []  # an axis may be split: 'axis':(pre_size)size
+        for name, pre_size, sub_size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", meshed[4]):
             size = dict(axes)[name]
-            count = int(part or size)
-            chosen.append((count, strides[name] * (size // (int(before) * count) if part else 1)))
+            count = int(sub_size or size)
+            chosen.append((count, strides[name] * (size // (int(pre_size) * count) if sub_size else 1)))
         return _spread(chosen)
     return list(range(devices))
 
@@ -327,5 +327,5 @@ def _spread(axes: Iterable[tuple[int, int]]) -> list[int]:
 
 def pairs(attributes: str) -> list[tuple[int, int]]:
     """Source and target of each transfer of a collective-permute."""
-    found = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
-    return [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)", found[0])] if found else []
+    match = re.search(r"source_target_pairs=\{(.*?)\}\}", attributes)
+    return [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)", match[0])] if match else []

@@ -50,34 +50,34 @@ KERNELS: dict[tuple[str, str], Kernel] = {
 }
 
 
-# Of the peak that grouped products reach, assumed: their tiles have 128 rows and end with their expert's.
+# Share of the peak that grouped products reach, assumed: tiles have 128 rows and do not span experts.
 GROUPED_EFFICIENCY = 0.7
 
 
 def grouped_cycles(
     each: hlo.Instruction, generation: Generation, inside: Iterable[hlo.Instruction] = ()
 ) -> float | None:
-    """Cycles of a grouped product (`jax.lax.ragged_dot`) at an assumed share of the peak; None of others.
+    """Cycles of a grouped product (`jax.lax.ragged_dot`) at an assumed share of the peak; None for other instructions.
 
-    It is a kernel on v5p. On v6e it is a fusion, whose cycles by the compiler are those of no product: 0.5 s for one of
-    1 ms. All rows of the buffer count; with a mesh axis `expert` some of them are empty in a run.
+    It is a kernel on v5p. On v6e it is a fusion, whose cycles by the compiler are wrong: 0.5 s for a product of 1 ms.
+    All rows of the buffer count; with a mesh axis `expert` some of them are empty in a run.
 
     Args:
       inside: the instructions of a fusion.
     """
     if each.opcode == "custom-call" and each.name.startswith("ragged-dot-none"):
         left, right = _operand_matrices(each)[:2]
-        products = 2.0 * math.prod(left) * right[-1]
+        flops = 2.0 * math.prod(left) * right[-1]
     elif each.opcode == "fusion" and '"is_ragged_dot":true' in each.attributes:
-        shapes = [each.shape, *(one.shape for one in inside if one.opcode == "parameter")]
+        shapes = [each.shape, *(instr.shape for instr in inside if instr.opcode == "parameter")]
         arrays = _matrices(" ".join(shapes))
         # The result or an operand is [experts, K, N], the others begin with the rows.
         weights = next(sizes for sizes in arrays if len(sizes) == 3)
         rows = next(sizes for sizes in arrays if len(sizes) == 2)[0]
-        products = 2.0 * rows * weights[1] * weights[2]
+        flops = 2.0 * rows * weights[1] * weights[2]
     else:
         return None
-    return products / (chip(generation.device_kind).flops_per_device * GROUPED_EFFICIENCY) * generation.clock
+    return flops / (chip(generation.device_kind).flops_per_device * GROUPED_EFFICIENCY) * generation.clock
 
 
 def _operand_matrices(kernel: hlo.Instruction) -> list[tuple[int, ...]]:
@@ -98,10 +98,10 @@ def cycles(each: hlo.Instruction, generation: Generation) -> float | None:
       ValueError: a kernel whose shapes cannot be read.
     """
     # A mapped kernel may be called `vmap_vmap_splash_mqa_dkv...`.
-    named = re.search(r"splash_(?:mha|mqa)_(fwd|dq|dkv)", each.name)
-    if not each.is_kernel or not named:
+    match = re.search(r"splash_(?:mha|mqa)_(fwd|dq|dkv)", each.name)
+    if not each.is_kernel or not match:
         return None
-    phase = named[1]
+    phase = match[1]
     matrices = _operand_matrices(each)  # the first two are q [..., T, N] and k [..., S, N]
     suffix = "" if phase == "fwd" else f"_{phase}"
     sizes = [re.search(rf'{key}{suffix}\\": (\d+)', each.attributes) for key in ("block_q", "block_kv")]
@@ -116,8 +116,8 @@ def cycles(each: hlo.Instruction, generation: Generation) -> float | None:
     steps = (T // bq) * (S // bkv)
     # Blocks that touch the causal triangle.
     visits = sum(-(-((row + 1) * bq) // bkv) for row in range(T // bq))
-    known = min(kernel.blocks, key=lambda side: abs(math.log(bq * bkv / side**2)))
-    block = kernel.blocks[known] * bq * bkv / known**2 * max(N, 128) / 128
+    nearest = min(kernel.blocks, key=lambda side: abs(math.log(bq * bkv / side**2)))
+    block = kernel.blocks[nearest] * bq * bkv / nearest**2 * max(N, 128) / 128
     # The two cores of a megacore device share the heads.
     cores = 2 if generation.chip_config == "megacore" and math.prod(heads) > 1 else 1
     return math.prod(heads) * (visits * block + steps * kernel.step) / cores

@@ -75,21 +75,21 @@ def config_text(best: Trial, base: str, overrides: Sequence[str], directory: pat
       overrides: `--config.a.b=value` options of the search.
     """
     path, colon, argument = base.partition(":")
-    beside = os.path.relpath(path, os.path.realpath(directory))
+    base_path = os.path.relpath(path, os.path.realpath(directory))
     values = "\n".join(f"    config.{name} = {value!r}" for name, value in best.changes.items())
-    made = best.plan
-    versions = f"jax {made.versions['jax']} and libtpu {made.versions['libtpu']}"
-    return f'''"""{path} as `lemur plan --search` would run it on {slice_name(made.topology, made.slices)}.
+    plan = best.plan
+    versions = f"jax {plan.versions['jax']} and libtpu {plan.versions['libtpu']}"
+    return f'''"""{path} as `lemur plan --search` would run it on {slice_name(plan.topology, plan.slices)}.
 
-Estimated, not measured: {made.step_seconds:.4g} s a step, {made.tokens_per_second_per_chip:,.0f} tokens/s/chip,
-{made.hbm_bytes_per_chip / GIB:.2f} GiB of HBM a chip, with {versions}.
+Estimated, not measured: {plan.step_seconds:.4g} s a step, {plan.tokens_per_second_per_chip:,.0f} tokens/s/chip,
+{plan.hbm_bytes_per_chip / GIB:.2f} GiB of HBM a chip, with {versions}.
 """
 
 import os
 
 from lemur_jax.config import load_config_dict
 
-BASE = os.path.join(os.path.dirname(os.path.realpath(__file__)), {beside!r})
+BASE = os.path.join(os.path.dirname(os.path.realpath(__file__)), {base_path!r})
 OVERRIDES: list[str] = {list(overrides)!r}
 
 

@@ -102,7 +102,7 @@ def plan(config: RunConfig, topology: str, *, slices: int = 1, hlo_path: str | N
     layers = config.model.num_hidden_layers
     trees = program.state.params, program.state.frozen
     parameters = [tree["layers"] for tree in trees if tree and "layers" in tree]
-    known = {
+    sizes = {
         "parameters": device_bytes(program.state.params),
         "frozen parameters": device_bytes(program.state.frozen),
         "optimizer": device_bytes(program.state.optimizer),
@@ -113,18 +113,18 @@ def plan(config: RunConfig, topology: str, *, slices: int = 1, hlo_path: str | N
         compiled = dataclasses.replace(compiled, largest=analytic.lower_bound(config, tpu).buffers)
     estimate = estimate_cost(compiled, tpu, program.mesh)
     length = config.data.sequence_length
-    made = program_plan(compiled, estimate, tpu, program.mesh, known, config.train.batch_rows * length)
-    rate = made.tokens_per_second
+    result = program_plan(compiled, estimate, tpu, program.mesh, sizes, config.train.batch_rows * length)
+    rate = result.tokens_per_second
     if rate is None:
-        return made
+        return result
     peak, adapted = tpu.chips * flops.chip(tpu.generation.device_kind).bf16_flops, config.adapter.rank > 0
     causal, full = (
         flops.mfu(rate, flops.train_flops_per_token(config.model, length, adapted, causal=only), peak)
         for only in (True, False)
     )
-    hours = config.train.steps * made.tokens_per_step / rate / 3600
+    hours = config.train.steps * result.tokens_per_step / rate / 3600
     return dataclasses.replace(
-        made, mfu=causal, mfu_full_attention=full, days=hours / 24, chip_hours=hours * tpu.chips
+        result, mfu=causal, mfu_full_attention=full, days=hours / 24, chip_hours=hours * tpu.chips
     )
 
 
@@ -216,15 +216,15 @@ def kept_activations(module: hlo.Module, layers: int, parameters: Any) -> int:
     stacked = {
         tuple(sorted(leaf.sharding.shard_shape(leaf.shape)[1:])) for leaf in jax.tree.leaves(parameters)
     }
-    kept = [
+    totals = [
         sum(
             hlo.bytes_of(dtype) * math.prod(sizes)
             for dtype, sizes in hlo.shapes(hlo.on_device(loop.shape))
-            if len(sizes) > 2 and sizes[0] in (layers, turns) and tuple(sorted(sizes[1:])) not in stacked
+            if len(sizes) > 2 and sizes[0] in (layers, trips) and tuple(sorted(sizes[1:])) not in stacked
         )
-        for loop, turns in forward_loops(module, layers)
+        for loop, trips in forward_loops(module, layers)
     ]
-    return int(max(kept, default=0))
+    return int(max(totals, default=0))
 
 
 def forward_loops(module: hlo.Module, layers: int) -> Iterator[tuple[hlo.Instruction, int]]:
@@ -235,14 +235,14 @@ def forward_loops(module: hlo.Module, layers: int) -> Iterator[tuple[hlo.Instruc
     """
     for computation, body in module.computations.items():
         peeled = False
-        for loop in (each for each in body.values() if each.opcode == "while"):
+        for loop in (instr for instr in body.values() if instr.opcode == "while"):
             named = "jvp(" in loop.op_name and "transpose(" not in loop.op_name
             if not named and (loop.op_name or peeled):
                 continue
-            turns = hlo.trip_count(module, computation, loop)
-            if turns == layers - 1 or (named and turns == layers):
+            trips = hlo.trip_count(module, computation, loop)
+            if trips == layers - 1 or (named and trips == layers):
                 peeled = peeled or not named
-                yield loop, turns
+                yield loop, trips
 
 
 def slice_name(topology: str, slices: int) -> str:
@@ -268,8 +268,8 @@ def format_plan(plan: Plan) -> str:
     if plan.fits:
         return "\n".join([*lines, "", *_format_step(plan)])
     buffers = [f"  {size / GIB:8.2f} GiB  {what}" for size, what in plan.largest_buffers]
-    over = f"{used - limit:.2f} GiB too much a chip; the largest buffers:"
-    return "\n".join([*lines, "", over, *buffers, "", refusal])
+    excess = f"{used - limit:.2f} GiB too much a chip; the largest buffers:"
+    return "\n".join([*lines, "", excess, *buffers, "", refusal])
 
 
 def _format_step(plan: Plan) -> list[str]:
@@ -295,8 +295,8 @@ def _format_step(plan: Plan) -> list[str]:
     if plan.mfu is not None:
         lines[-1] += f", MFU {plan.mfu:.1%} with causal attention, {plan.mfu_full_attention:.1%} with full"
         hours = plan.chip_hours or 0.0
-        shown = f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
+        hours_text = f"{hours:,.0f}" if hours >= 10 else f"{hours:.2g}"
         lines.append(
-            f"  {duration(86_400 * (plan.days or 0.0))}, {shown} chip-hours for the config's updates"
+            f"  {duration(86_400 * (plan.days or 0.0))}, {hours_text} chip-hours for the config's updates"
         )
     return lines

@@ -37,7 +37,7 @@ from lemur_jax.telemetry.provenance import code_digest
 
 logger = logging.getLogger(__name__)
 
-# Seconds between two looks at the clock while compilations run.
+# Seconds between two checks of the clock while compilations run.
 _POLL = 1.0
 
 # Sections of the config on which no plan depends; of `data` the length and the number of sources count.
@@ -92,9 +92,9 @@ def all_layouts(config: RunConfig, tpu: Slice, result: SearchResult) -> list[Can
     with contextlib.suppress(UserError):  # it may be for another slice
         sizes = mesh_shape(config.mesh, tpu.devices)
         own = candidates.layout_changes(sizes, config.compute, config.train.microbatches)
-    every = candidates.layouts(config.mesh, config.train.batch_rows, config.data.sequence_length, tpu)
+    all_changes = candidates.layouts(config.mesh, config.train.batch_rows, config.data.sequence_length, tpu)
     kept: list[Candidate] = []
-    for changes in filter(None, (own, *(each for each in every if each != own))):
+    for changes in filter(None, (own, *(each for each in all_changes if each != own))):
         try:
             bound = analytic.lower_bound(replace(config, changes), tpu)
         except UserError:
@@ -112,8 +112,8 @@ def search(
 ) -> SearchResult:
     """Compiles candidates until the time is over, all are done, or Ctrl-C; logs a line for each.
 
-    If nothing fits when the time is over, it continues until something does, unless all that was tried was refused, as
-    with a compiler option that XLA does not know.
+    If nothing fits when the time is over, it continues until something does, unless all that was tried was refused,
+    e.g. for a compiler option that XLA does not know.
 
     Args:
       config: the base. Its mesh, remat, share of the gate and microbatches are replaced; its attention blocks, loss
@@ -132,30 +132,30 @@ def search(
     cache.mkdir(parents=True, exist_ok=True)
     result = SearchResult()
     queue = Queue(all_layouts(config, tpu, result), config.compute, tpu, result)
-    end = started + 60 * minutes
+    deadline = started + 60 * minutes
     logger.info("%d candidates, %d dropped by their shapes", len(queue.layouts), sum(result.pruned.values()))
-    # By the sentinel that says that a process has ended.
+    # By the sentinel, which becomes ready when the process ends.
     running: dict[Any, tuple[Any, Candidate, pathlib.Path]] = {}
     try:
-        while time.monotonic() < end or not (result.best or result.all_refused):
+        while time.monotonic() < deadline or not (result.best or result.all_refused):
             while len(running) < processes and (candidate := queue.next()):
                 try:
-                    wanted = replace(config, candidate.changes)
+                    trial_config = replace(config, candidate.changes)
                 except UserError:  # a refinement that the config does not allow
                     continue
-                path = cache / f"{cache_key(wanted.to_json(), topology, slices)}.json"
+                path = cache / f"{cache_key(trial_config.to_json(), topology, slices)}.json"
                 if path.exists():
                     result.cached += 1
                     _finish(result, candidate, path)
                     continue
-                make = functools.partial(plan, wanted, topology, slices=slices)
+                make = functools.partial(plan, trial_config, topology, slices=slices)
                 process = _CONTEXT.Process(target=write_plan, args=(make, path), daemon=True)
                 process.start()
                 running[process.sentinel] = (process, candidate, path)
             if not running:
                 break
-            for ended in multiprocessing.connection.wait(list(running), timeout=_POLL):
-                process, candidate, path = running.pop(ended)
+            for sentinel in multiprocessing.connection.wait(list(running), timeout=_POLL):
+                process, candidate, path = running.pop(sentinel)
                 process.join()
                 result.compiled += 1
                 _finish(result, candidate, path, process.exitcode)
@@ -215,30 +215,30 @@ class Queue:
         return candidate
 
     def _fastest(self) -> Candidate | None:
-        """Of all layouts, with the refinements of the best, and of the refinements of the best."""
+        """Chooses among all layouts, each with the refinement of the best, and the refinements of the best."""
         trials, best = self.result.trials, self.result.best
         expected: list[tuple[Candidate, float]] = []
-        kept = []
+        remaining = []
         for layout in self.layouts:
             if reason := candidates.reason_to_skip(layout, trials):
                 if not any(layout.changes.items() <= given.items() for given in self._given):
                     self.result.pruned[reason] += 1
                 continue
-            kept.append(layout)
+            remaining.append(layout)
             refined = layout.changes | best.refinement if best else layout.changes
             candidate = dataclasses.replace(layout, changes=refined)
             expected.append((candidate, candidates.likely_seconds(candidate, trials)))
-        self.layouts = kept
+        self.layouts = remaining
         if best:
             expected += candidates.refinements(best, self.compute, self.tpu.generation.device_kind)
-        left = [
+        untried = [
             (candidate, seconds) for candidate, seconds in expected if candidate.changes not in self._given
         ]
-        self.left = len(left)
-        return min(left, key=self._cost, default=(None, 0.0))[0]
+        self.left = len(untried)
+        return min(untried, key=self._cost, default=(None, 0.0))[0]
 
     def _cost(self, expected: tuple[Candidate, float]) -> tuple[bool, float]:
-        """By seconds, if it is likely to fit; what is not comes last, by its size."""
+        """Sort key: seconds if it is likely to fit; the others come last, by size."""
         candidate, seconds = expected
         filled = candidates.likely_bytes(candidate, self.result.trials) / self.tpu.generation.hbm
         return filled > 1, filled if filled > 1 else seconds * (1 + candidates.COST_OF_MEMORY * filled)
@@ -247,7 +247,7 @@ class Queue:
 def write_plan(make: Callable[[], Plan], path: pathlib.Path) -> None:
     """Makes a plan and writes its JSON, or the error, to `path`, whole or not at all.
 
-    What the user can mend, such as a package that is missing, is tried again by the next search.
+    What the user can fix, such as a missing package, is tried again by the next search.
     """
     try:
         facts = dataclasses.asdict(make())

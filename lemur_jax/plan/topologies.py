@@ -150,9 +150,9 @@ def find_slice(name: str, slices: int = 1) -> Slice:
             if generation.shapes[0] != (1, 1) and all(side % 4 == 0 for side in sides):
                 shapes[size] = sides
     if generation is None or size not in shapes:
-        known = [each for each in slice_names() if each.startswith(f"{kind}-")] or slice_names()
+        suggestions = [each for each in slice_names() if each.startswith(f"{kind}-")] or slice_names()
         raise UserError(
-            f"unknown TPU slice {name!r}: write one of {', '.join(known)}, or its shape in chips, e.g. v5p-4x4x4"
+            f"unknown TPU slice {name!r}: write one of {', '.join(suggestions)}, or its shape in chips, e.g. v5p-4x4x4"
         )
     shape = shapes[size]
     if len(shape) == 2:
@@ -173,7 +173,7 @@ def described_devices(tpu: Slice) -> list[jax.Device]:
     for key, value in _ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     try:
-        described = topologies.get_topology_desc(
+        topology = topologies.get_topology_desc(
             f"{tpu.generation.libtpu}:{'x'.join(str(size) for size in tpu.shape)}",
             platform="tpu",
             chip_config_name=tpu.generation.chip_config,
@@ -187,4 +187,4 @@ def described_devices(tpu: Slice) -> list[jax.Device]:
                 "planning needs the TPU compiler libtpu (Linux on x86_64): python -m pip install libtpu"
             ) from error
         raise
-    return list(described.devices)
+    return list(topology.devices)

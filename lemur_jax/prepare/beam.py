@@ -77,11 +77,11 @@ def _run_pipeline(job: Job, missing: Sequence[int], runner: str, options: Sequen
 def encode_shard(shard: int, job: Job) -> None:
     """Writes the results of one shard; the file is renamed when it is complete."""
     tokenizer = _tokenizer(job.tokenizer)
-    unfinished = epath.Path(job.folder) / f".{shard}.{uuid.uuid4().hex}"
-    with unfinished.open("wb") as file:
+    temporary = epath.Path(job.folder) / f".{shard}.{uuid.uuid4().hex}"
+    with temporary.open("wb") as file:
         for record in job.records(shard):
             pickle.dump(encode(tokenizer, record, job.steps), file)
-    unfinished.replace(job.file(shard))
+    temporary.replace(job.file(shard))
 
 
 @functools.lru_cache(maxsize=1)

@@ -67,35 +67,35 @@ def parse_steps(task: str, options: Mapping[str, Mapping[str, Any]]) -> str:
     """The steps of a task with all their options, as JSON; UserError: an unknown one, or one that cannot work."""
     steps: dict[str, dict[str, Any]] = {}
     _check_type(f"prepare.steps.{task}", options, {})
-    for name, given in options.items():
+    for name, values in options.items():
         _check_name(f"prepare.steps.{task}", name, DEFAULTS)
-        known, where = DEFAULTS[name], f"prepare.steps.{task}.{name}"
-        _check_type(where, given, {})
-        for key, value in given.items():
+        defaults, section = DEFAULTS[name], f"prepare.steps.{task}.{name}"
+        _check_type(section, values, {})
+        for key, value in values.items():
             if name == "metadata":
-                _check_type(f"{where}.{key}", value, ())
+                _check_type(f"{section}.{key}", value, ())
                 continue
-            _check_name(where, key, known)
-            _check_value(f"{where}.{key}", value, known[key])
-        steps[name] = known | dict(given)
+            _check_name(section, key, defaults)
+            _check_value(f"{section}.{key}", value, defaults[key])
+        steps[name] = defaults | dict(values)
         if not steps[name].get("tokens", True):  # as in the digests of earlier versions' stores
             del steps[name]["tokens"]
     near = steps.get("near_duplicates", DEFAULTS["near_duplicates"])
     if near["hashes"] % near["bands"]:
         raise UserError(f"prepare.steps.{task}.near_duplicates: bands must divide hashes ({near['hashes']})")
-    words = steps.get("decontaminate", DEFAULTS["decontaminate"])
-    against, n = words["against"], words["n"]
-    if "decontaminate" in steps and (not against or words["distinct"] > n):
-        wanted = f"at most n ({n}) as distinct" if against else "human_eval or a JSON Lines file in against"
-        raise UserError(f"prepare.steps.{task}.decontaminate would remove nothing: name {wanted}")
+    settings = steps.get("decontaminate", DEFAULTS["decontaminate"])
+    against, n = settings["against"], settings["n"]
+    if "decontaminate" in steps and (not against or settings["distinct"] > n):
+        hint = f"at most n ({n}) as distinct" if against else "human_eval or a JSON Lines file in against"
+        raise UserError(f"prepare.steps.{task}.decontaminate would remove nothing: name {hint}")
     if not steps:
         return NO_STEPS
     digests = {name: hashlib.sha256("\0".join(problems(name)).encode()).hexdigest() for name in against}
     if "language" in steps:
-        keep, codes = steps["language"]["keep"], sorted(_identifier().labels)
-        odd = [code for code in keep if code not in codes]
-        if odd or not keep:
-            names = repr(odd[0]) if odd else "no language"
+        keep, codes = steps["language"]["keep"], sorted(_language_identifier().labels)
+        unknown = [code for code in keep if code not in codes]
+        if unknown or not keep:
+            names = repr(unknown[0]) if unknown else "no language"
             raise UserError(f"prepare.steps.{task}.language.keep names {names}; there are {', '.join(codes)}")
         digests["py3langid"] = importlib.metadata.version("py3langid")
     return json.dumps({name: steps[name] for name in DEFAULTS if name in steps} | {"digests": digests})
@@ -104,38 +104,38 @@ def parse_steps(task: str, options: Mapping[str, Mapping[str, Any]]) -> str:
 def check_fields(task: str, steps: Mapping[str, Mapping[str, Any]], kept: Sequence[str]) -> None:
     """Refuses steps that read metadata fields which the documents of a task do not have; `kept` are those."""
     repository, label = steps.get("repository", {}), steps.get("label", {})
-    read = [("metadata", name) for name in steps.get("metadata", ())]
-    read += [("repository", repository[key]) for key in ("name", "path") if repository.get(key)]
-    read += [("label", name) for name in label.values()]
-    for step, name in read:
-        spelled = name.replace("/", ".") if step == "metadata" else name  # values of a config may have dots
-        if not {name, spelled} & set(kept):
+    required = [("metadata", name) for name in steps.get("metadata", ())]
+    required += [("repository", repository[key]) for key in ("name", "path") if repository.get(key)]
+    required += [("label", name) for name in label.values()]
+    for step, name in required:
+        dotted = name.replace("/", ".") if step == "metadata" else name  # values of a config may have dots
+        if not {name, dotted} & set(kept):
             raise UserError(
                 f"prepare.steps.{task}.{step} reads the metadata field {name!r}; the task keeps"
                 f" {', '.join(kept) or 'none'}: name it in Fields(meta=...) of the task"
             )
 
 
-def _check_name(where: str, name: str, known: Iterable[str]) -> None:
+def _check_name(key: str, name: str, known: Iterable[str]) -> None:
     if name not in known:
-        raise UserError(f"{where} has no {name!r}{did_you_mean(name, known)}")
+        raise UserError(f"{key} has no {name!r}{did_you_mean(name, known)}")
 
 
-def _check_value(where: str, value: Any, default: Any) -> None:
+def _check_value(key: str, value: Any, default: Any) -> None:
     """Of an option: a tuple has names, a float is a share, and 0 means no limit only where it is the default."""
-    _check_type(where, value, default)
+    _check_type(key, value, default)
     for item in value if default == () else ():
-        _check_type(where, item, "")
+        _check_type(key, item, "")
     if isinstance(default, float):
-        require(0 <= value <= 1, where, value, "between 0 and 1")
+        require(0 <= value <= 1, key, value, "between 0 and 1")
     if isinstance(default, int):
-        require(value >= min(default, 1), where, value, f"{min(default, 1)} or more")
+        require(value >= min(default, 1), key, value, f"{min(default, 1)} or more")
 
 
-def _check_type(where: str, value: Any, default: Any) -> None:
+def _check_type(key: str, value: Any, default: Any) -> None:
     kinds = {float: (int, float), tuple: (list, tuple), dict: Mapping}.get(type(default), type(default))
     right = isinstance(value, kinds) and not isinstance(value, bool)
-    require(right, where, value, f"of the type {type(default).__name__}")
+    require(right, key, value, f"of the type {type(default).__name__}")
 
 
 @functools.lru_cache(maxsize=4)
@@ -170,32 +170,32 @@ class Filters:
         Those whose steps there are. `texts`: one under "", or of preferences by side, as what is chosen here and
         rejected there is not the same.
         """
-        found = {}
+        fingerprints = {}
         if "exact_duplicates" in self.steps:
             whole = "\0".join(f"{side}{text.strip()}" for side, text in sorted(texts.items()))
-            found["digests"] = hashlib.sha256(whole.encode()).digest()[:16]
+            fingerprints["digests"] = hashlib.sha256(whole.encode()).digest()[:16]
         if "near_duplicates" in self.steps:
             options = self.steps["near_duplicates"]
             runs = [side + run for side, text in texts.items() for run in shingles(text, options["words"])]
-            found["minhashes"] = minhash(runs, options["hashes"])
-        return found
+            fingerprints["minhashes"] = minhash(runs, options["hashes"])
+        return fingerprints
 
 
 def shingles(text: str, words: int) -> list[str]:
     """The distinct n-grams of `words` words; of a shorter text, all its words; of one without words, itself."""
-    found = _WORD.findall(text) or [text.strip()]
-    if len(found) <= words:
-        return [" ".join(found)]
-    return list(dict.fromkeys(map(" ".join, zip(*(found[start:] for start in range(words)), strict=False))))
+    tokens = _WORD.findall(text) or [text.strip()]
+    if len(tokens) <= words:
+        return [" ".join(tokens)]
+    return list(dict.fromkeys(map(" ".join, zip(*(tokens[start:] for start in range(words)), strict=False))))
 
 
 def minhash(shingles: list[str], hashes: int) -> bytes:
     """The low 16 bits of each MinHash, uint16 [hashes] as bytes."""
     import rensa
 
-    made = rensa.RMinHash(num_perm=hashes, seed=1)
-    made.update(shingles)
-    return np.array(made.digest(), np.uint32).astype(np.uint16).tobytes()
+    hasher = rensa.RMinHash(num_perm=hashes, seed=1)
+    hasher.update(shingles)
+    return np.array(hasher.digest(), np.uint32).astype(np.uint16).tobytes()
 
 
 # The filters return why a document goes, or None.
@@ -231,29 +231,29 @@ def _alphanumeric_table() -> np.ndarray:
 
 
 def _metadata(text, meta, /, **allowed):
-    for name, may in allowed.items():
+    for name, accepted in allowed.items():
         value = meta.get(name, meta.get(name.replace("/", ".")))  # a config's keys have no dots
         values = value if isinstance(value, list) else [value]
-        odd = [item for item in values if item not in may]
-        if odd or not values:
-            return f"{name} is {odd[0] if odd else 'empty'!r}"
+        rejected = [item for item in values if item not in accepted]
+        if rejected or not values:
+            return f"{name} is {rejected[0] if rejected else 'empty'!r}"
 
 
 def _language(text, meta, keep, chars):
-    found, _ = _identifier().classify(text[:chars])
-    if found not in keep:
-        return f"the language seems to be {found!r}"
+    language, _ = _language_identifier().classify(text[:chars])
+    if language not in keep:
+        return f"the language seems to be {language!r}"
 
 
 def _foreign_letters(text, meta, run):
-    if found := re.search(rf"(?:(?![\x00-\x7f])[^\W\d_]){{{run}}}", text):
-        return f"{run} letters that are not English: {found[0]!r}"
+    if match := re.search(rf"(?:(?![\x00-\x7f])[^\W\d_]){{{run}}}", text):
+        return f"{run} letters that are not English: {match[0]!r}"
 
 
 def _decontaminate(text, meta, against, n, distinct, share):
     for name in against:
-        if found := evaluation_set(name, n, distinct).find(text, share):
-            return f"has {found[1]:.0%} of the runs of words of problem {found[0] + 1} of {name}"
+        if match := evaluation_set(name, n, distinct).find(text, share):
+            return f"has {match[1]:.0%} of the runs of words of problem {match[0] + 1} of {name}"
 
 
 _CHECKS: dict[str, Callable[..., str | None]] = {
@@ -268,7 +268,7 @@ _CHECKS: dict[str, Callable[..., str | None]] = {
 
 
 @functools.cache
-def _identifier():
+def _language_identifier():
     """py3langid: 140 languages by naive Bayes over byte n-grams, its model in the package."""
     try:
         from py3langid.langid import MODEL_FILE, LanguageIdentifier

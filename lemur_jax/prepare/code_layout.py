@@ -27,30 +27,30 @@ Pieces = list[tuple[str, bool]]  # (text or name of a token, whether it is a con
 
 def check_content(steps: Mapping[str, Any], content: str, task: str) -> None:
     """Refuses steps that write around text in a task of conversations, around which the chat template writes."""
-    odd = [step for step in ("repository", "fim", "separators") if step in steps]
-    if odd and content != "text":
+    invalid = [step for step in ("repository", "fim", "separators") if step in steps]
+    if invalid and content != "text":
         raise UserError(
-            f"prepare.steps.{task} has the step `{odd[0]}`, which changes texts, and the task has {content}: leave"
+            f"prepare.steps.{task} has the step `{invalid[0]}`, which changes texts, and the task has {content}: leave"
             " the step out"
         )
 
 
 def check_tokens(steps: Mapping[str, Any], tokenizer: Tokenizer, task: str) -> bool:
     """Whether the steps of a task write control tokens; UserError if the tokenizer lacks one of them."""
-    wanted = [token for tokens in steps.get("separators", {}).values() for token in tokens]
+    required = [token for tokens in steps.get("separators", {}).values() for token in tokens]
     for step in [step for step in _STARCODER if step in steps]:
         if len(tokens := _tokens(steps, step)) != len(_STARCODER[step]):
             names = " ".join(_STARCODER[step])
             raise UserError(f"prepare.steps.{task}.{step}.tokens must stand for {names}, in this order")
-        wanted += tokens
+        required += tokens
     known = tokenizer.control_tokens.keys() | tokenizer.added_tokens.keys()  # Qwen's for code are not special
-    missing = [token for token in wanted if token not in known]
+    missing = [token for token in required if token not in known]
     if missing:
         raise UserError(
-            f"prepare.steps.{task} writes {' '.join(wanted)}, and the tokenizer has no {missing[0]}: name its own in"
+            f"prepare.steps.{task} writes {' '.join(required)}, and the tokenizer has no {missing[0]}: name its own in"
             " `tokens` of `fim` and `repository`, or add these with tokenizer.extend and tokenizer.add_tokens"
         )
-    return bool(wanted)
+    return bool(required)
 
 
 def _tokens(steps: Mapping[str, Any], step: str) -> Sequence[str]:
@@ -62,7 +62,7 @@ def separators(tokenizer: Tokenizer, steps: Mapping[str, Any]) -> Sequence[list[
     """The ids before and after a document: those of the step, else the tokenizer's own."""
     if "separators" not in steps:
         return tokenizer.separators
-    return [[tokenizer.find(token) for token in steps["separators"][side]] for side in ("begin", "end")]
+    return [[tokenizer.find(token) for token in steps["separators"][key]] for key in ("begin", "end")]
 
 
 def layout(text: str, meta: Mapping[str, Any], id: str, steps: Mapping[str, Any]) -> Pieces:
@@ -73,13 +73,13 @@ def layout(text: str, meta: Mapping[str, Any], id: str, steps: Mapping[str, Any]
             if value := meta.get(steps["repository"][key]):
                 header += [(token, True), (str(value), False)]
         header += [("\n", False)] * bool(header)
-    joined: Pieces = []
+    merged: Pieces = []
     for piece, control in header + _turn(text, id, steps):
-        if joined and not control and not joined[-1][1]:  # tokens may span two adjacent texts
-            joined[-1] = (joined[-1][0] + piece, False)
+        if merged and not control and not merged[-1][1]:  # tokens may span two adjacent texts
+            merged[-1] = (merged[-1][0] + piece, False)
         else:
-            joined.append((piece, control))
-    return joined
+            merged.append((piece, control))
+    return merged
 
 
 def _turn(text: str, id: str, steps: Mapping[str, Any]) -> Pieces:
@@ -89,13 +89,13 @@ def _turn(text: str, id: str, steps: Mapping[str, Any]) -> Pieces:
     generator = random.Random(int.from_bytes(digest[:8], "big"))
     if generator.random() >= steps["fim"]["rate"]:
         return [(text, False)]
-    first, last = sorted(generator.randint(0, len(text)) for _ in range(2))
-    prefix, middle, suffix = text[:first], text[first:last], text[last:]
-    begin, between, after = ((token, True) for token in _tokens(steps, "fim"))
+    start, stop = sorted(generator.randint(0, len(text)) for _ in range(2))
+    prefix, middle, suffix = text[:start], text[start:stop], text[stop:]
+    pre, mid, suf = ((token, True) for token in _tokens(steps, "fim"))
     if generator.random() < steps["fim"]["spm"]:
-        pieces: Pieces = [begin, after, (suffix, False), between, (prefix + middle, False)]
+        pieces: Pieces = [pre, suf, (suffix, False), mid, (prefix + middle, False)]
     else:
-        pieces = [begin, (prefix, False), after, (suffix, False), between, (middle, False)]
+        pieces = [pre, (prefix, False), suf, (suffix, False), mid, (middle, False)]
     return [piece for piece in pieces if piece[0]]
 
 

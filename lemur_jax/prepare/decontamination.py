@@ -1,9 +1,9 @@
 """The cleaning step `decontaminate`: documents that hold a large part of a problem of an evaluation set.
 
-Copies are renamed and reformatted. So a text is compared by runs of words of the evaluation set that name nothing
-there, whatever other words stand between them: identifiers drop out of the problem and of its copy alike. A run counts
-if it has enough distinct alphabetic words, and a document is removed for a share of one problem's runs, which digits,
-tables and common phrases do not reach.
+Copies are renamed and reformatted. So texts are compared by runs of those words of the evaluation set that are not
+identifiers there; other words between them are skipped, so identifiers drop out of a problem and of its copy alike. A
+run counts if it has enough distinct alphabetic words. A document is removed if it has a share of one problem's runs
+that digits, tables and common phrases do not reach.
 """
 
 import collections
@@ -34,17 +34,17 @@ class EvaluationSet:
         texts = [text.lower() for text in texts]
         self._words = {word for text in texts for word in _WORD.findall(text)} - _names(texts)
         runs = [self._informative_runs(text) for text in texts]
-        self._sizes = [len(of_problem) for of_problem in runs]
+        self._sizes = [len(problem_runs) for problem_runs in runs]
         self._problems: dict[tuple[str, ...], list[int]] = collections.defaultdict(list)
-        for number, of_problem in enumerate(runs):
-            for run in of_problem:
-                self._problems[run].append(number)
+        for index, problem_runs in enumerate(runs):
+            for run in problem_runs:
+                self._problems[run].append(index)
 
     def find(self, text: str, share: float) -> tuple[int, float] | None:
         """(problem, share of its runs in the text) for the largest share; None if that is below `share`."""
-        known = set(self._runs(text.lower())) & self._problems.keys()
-        counts = collections.Counter(number for run in known for number in self._problems[run])
-        shares = {number: count / self._sizes[number] for number, count in counts.items()}
+        common = set(self._runs(text.lower())) & self._problems.keys()
+        counts = collections.Counter(problem for run in common for problem in self._problems[run])
+        shares = {problem: count / self._sizes[problem] for problem, count in counts.items()}
         best = max(shares, key=shares.__getitem__, default=0)
         return (best, shares[best]) if shares and shares[best] >= share else None
 
@@ -62,14 +62,14 @@ class EvaluationSet:
 
 def _names(texts: Sequence[str]) -> set[str]:
     """What the code in these texts defines: functions, parameters, variables."""
-    found = [group for text in texts for match in _NAMED.findall(text) for group in match]
-    found += [
+    groups = [group for text in texts for match in _NAMED.findall(text) for group in match]
+    groups += [
         parameter.partition(":")[0]
         for text in texts
         for parameters in _PARAMETERS.findall(text)
         for parameter in parameters.split(",")
     ]
-    return {word for group in found for word in _WORD.findall(group)}
+    return {word for group in groups for word in _WORD.findall(group)}
 
 
 @functools.cache
@@ -88,14 +88,14 @@ def problems(name: str) -> list[str]:
         return [problem["prompt"] + problem["canonical_solution"] for problem in read_problems().values()]
     texts = []
     try:
-        found = list(read_rows(name, "jsonl", max_bytes=1 << 30))
+        rows = list(read_rows(name, "jsonl", max_bytes=1 << 30))
     except OSError as error:
         raise UserError(f"cannot read the evaluation set {name}: {error.strerror or error}") from error
-    for place, row in found:
+    for position, row in rows:
         if isinstance(row, BadRow) or not isinstance(row.get("text"), str):
             reason = row.reason if isinstance(row, BadRow) else "no string `text`"
             raise UserError(
-                f"cannot read the evaluation set {name}: {place}: {reason}; wanted is human_eval or a JSON Lines"
+                f"cannot read the evaluation set {name}: {position}: {reason}; wanted is human_eval or a JSON Lines"
                 " file with a field `text`"
             )
         texts.append(row["text"])

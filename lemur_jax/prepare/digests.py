@@ -16,35 +16,35 @@ from lemur_jax.prepare.fields import Fields
 
 def task_digest(task: Any) -> str:
     """Changes with the definition of a task: its source's description and the code of its preprocessors."""
-    described = [task.name, _without_addresses(repr(task.source)), *sorted(task.output_features)]
-    described += [_describe(preprocessor) for preprocessor in task.preprocessors]
-    described += _own_code([getattr(task.source, "fields", None)])
+    parts = [task.name, _without_addresses(repr(task.source)), *sorted(task.output_features)]
+    parts += [_describe(preprocessor) for preprocessor in task.preprocessors]
+    parts += _user_code([getattr(task.source, "fields", None)])
     loader = _without_addresses(repr(getattr(task.source, "tfds_dataset", None)))
     if "split_map={" in loader:  # of TFDS, whose own description names the splits without their slices
-        described.append(loader)
-    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+        parts.append(loader)
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _describe(function: Any) -> str:
     if isinstance(function, functools.partial):
         arguments = _without_addresses(repr((function.args, sorted(function.keywords.items()))))
-        own = _own_code([*function.args, *function.keywords.values()])
-        return "\n".join([f"{_describe(function.func)} with {arguments}", *own])
+        code = _user_code([*function.args, *function.keywords.values()])
+        return "\n".join([f"{_describe(function.func)} with {arguments}", *code])
     try:
         return inspect.getsource(inspect.unwrap(function))
     except (OSError, TypeError):  # an object, or a function made at run time
         return _without_addresses(repr(function))
 
 
-def _own_code(values: Iterable[Any]) -> list[str]:
+def _user_code(values: Iterable[Any]) -> list[str]:
     """The code of the functions among `values` and in `Fields`, apart from this package's."""
-    own: list[str] = []
+    code: list[str] = []
     for value in values:
         if isinstance(value, Fields):
-            own += _own_code([value.messages, value.preferences])
+            code += _user_code([value.messages, value.preferences])
         elif callable(value) and not str(value.__module__).startswith("lemur_jax."):
-            own.append(_describe(value))
-    return own
+            code.append(_describe(value))
+    return code
 
 
 def _without_addresses(text: str) -> str:
@@ -57,10 +57,10 @@ def input_digest(task: Any, split: str) -> str:
     A source without files may have a method `fingerprint(split) -> str`; without one, changes are not noticed.
     """
     if hasattr(task.source, "fingerprint"):
-        described = [task.source.fingerprint(split)]
+        parts = [task.source.fingerprint(split)]
     else:
-        described = [_describe_file(shard) for shard in task.source.list_shards(split)]
-    return hashlib.sha256(json.dumps([split, *described]).encode()).hexdigest()
+        parts = [_describe_file(shard) for shard in task.source.list_shards(split)]
+    return hashlib.sha256(json.dumps([split, *parts]).encode()).hexdigest()
 
 
 def _describe_file(name: str) -> str:

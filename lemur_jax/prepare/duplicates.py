@@ -71,27 +71,27 @@ def copy_distinct(
     store, arrays = draft.read_saved()
     where = None if is_object_store(store.path) else store.path  # for memory-mapped files
     with tempfile.TemporaryDirectory(dir=where, prefix="duplicates-") as scratch:
-        found = find_duplicates(arrays, json.loads(steps), documents, Path(scratch))
-        for step, earlier in found.items():
+        by_step = find_duplicates(arrays, json.loads(steps), documents, Path(scratch))
+        for step, earlier in by_step.items():
             _report(store, step, earlier, tokenizer, rejects)
-        for first in range(0, documents, _COPIED):
-            stop = min(first + _COPIED, documents)
-            stays = np.all([earlier[first:stop] < 0 for earlier in found.values()], axis=0)
-            chosen = np.arange(first, stop)[stays]
+        for start in range(0, documents, _COPIED):
+            stop = min(start + _COPIED, documents)
+            stays = np.all([earlier[start:stop] < 0 for earlier in by_step.values()], axis=0)
+            chosen = np.arange(start, stop)[stays]
             if chosen.size:
-                n_bytes = finish(arrays["n_bytes"][first:stop].read())[stays].tolist()
+                n_bytes = finish(arrays["n_bytes"][start:stop].read())[stays].tolist()
                 columns = (*store.read_documents(chosen), n_bytes, store.labels_of(chosen))
                 for ids, mask, name, size, label in zip(*columns, strict=True):
                     writer.add(ids, name, size, mask, label)
-            update(stop - first)
+            update(stop - start)
 
 
 def _report(
     store: TokenStore, step: str, earlier: np.ndarray, tokenizer: Tokenizer, rejects: Rejects
 ) -> None:
     count, examples = 0, list[Removed]()
-    for first in range(0, len(earlier), _READ):
-        removed = first + np.flatnonzero(earlier[first : first + _READ] >= 0)
+    for start in range(0, len(earlier), _READ):
+        removed = start + np.flatnonzero(earlier[start : start + _READ] >= 0)
         count += len(removed)
         for document in removed[: EXAMPLES - len(examples)].tolist():
             ids, _ = store.document(document)
@@ -119,17 +119,17 @@ def find_duplicates(
       stays, or -1.
       Exact duplicates are not counted as near ones.
     """
-    found = {}
+    by_step = {}
     if "exact_duplicates" in steps:
         digests = map_array(scratch / "digests", arrays["digests"], (documents, 2))
-        found["exact_duplicates"] = _exact(digests, scratch)
+        by_step["exact_duplicates"] = _exact(digests, scratch)
     if "near_duplicates" in steps:
         options = steps["near_duplicates"]
         shape = (documents, options["hashes"])
         minhashes = map_array(scratch / "minhashes", arrays["minhashes"], shape)
-        exact = found.get("exact_duplicates", np.broadcast_to(np.int64(-1), documents))
-        found["near_duplicates"] = _near(minhashes, exact, options, scratch)
-    return found
+        exact = by_step.get("exact_duplicates", np.broadcast_to(np.int64(-1), documents))
+        by_step["near_duplicates"] = _near(minhashes, exact, options, scratch)
+    return by_step
 
 
 def _map_minus_ones(path: Path, documents: int) -> np.ndarray:
@@ -162,20 +162,20 @@ def _near(minhashes: np.ndarray, exact: np.ndarray, options: Mapping[str, Any], 
                 yield minhashes[block, columns].astype(np.uint64) @ factors, block
 
         for first, second in _pairs(keys(), documents, scratch):
-            for part in range(0, len(first), _VERIFIED):
-                pair = first[part : part + _VERIFIED], second[part : part + _VERIFIED]
-                same = (minhashes[pair[0]] == minhashes[pair[1]]).mean(axis=1) >= options["threshold"]
-                _note(pair[0][same], pair[1][same], scratch)
+            for start in range(0, len(first), _VERIFIED):
+                pair = first[start : start + _VERIFIED], second[start : start + _VERIFIED]
+                similar = (minhashes[pair[0]] == minhashes[pair[1]]).mean(axis=1) >= options["threshold"]
+                _write_pairs(pair[0][similar], pair[1][similar], scratch)
     return _resolve(documents, scratch)
 
 
-def _note(first: np.ndarray, second: np.ndarray, scratch: Path) -> None:
+def _write_pairs(earlier: np.ndarray, later: np.ndarray, scratch: Path) -> None:
     """Appends similar pairs to files, partitioned by the later document."""
-    pairs = (second.astype(np.uint64) << 32) | first.astype(np.uint64)
-    parts = second // _RESOLVED
-    for part in np.unique(parts).tolist():
-        with (scratch / f"similar-{part}").open("ab") as file:
-            file.write(pairs[parts == part].tobytes())
+    pairs = (later.astype(np.uint64) << 32) | earlier.astype(np.uint64)
+    partitions = later // _RESOLVED
+    for partition in np.unique(partitions).tolist():
+        with (scratch / f"similar-{partition}").open("ab") as file:
+            file.write(pairs[partitions == partition].tobytes())
 
 
 def _resolve(documents: int, scratch: Path) -> np.ndarray:
@@ -203,24 +203,24 @@ def _pairs(
     parts = max(1, -(-documents // _SORTED))
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context((scratch / f"keys-{part}").open("w+b")) for part in range(parts)]
-        for block, numbers in keys:
-            of_part = (block >> 32) * parts >> 32
-            rows = np.stack([block, numbers.astype(np.uint64)], axis=1)
+        for block, indices in keys:
+            partition = (block >> 32) * parts >> 32
+            rows = np.stack([block, indices.astype(np.uint64)], axis=1)
             for part, file in enumerate(files):
-                file.write(rows[of_part == part].tobytes())
+                file.write(rows[partition == part].tobytes())
         for file in files:
             file.seek(0)
             rows = np.empty((0, 2), np.uint64)
             # A key may have more documents than are sorted together: the first one is carried over.
-            while (more := np.fromfile(file, np.uint64, 2 * _SORTED)).size:
-                rows = np.concatenate([rows, more.reshape(-1, 2)])
+            while (chunk := np.fromfile(file, np.uint64, 2 * _SORTED)).size:
+                rows = np.concatenate([rows, chunk.reshape(-1, 2)])
                 rows = rows[np.argsort(rows[:, 0], kind="stable")]
-                numbers = rows[:, 1].astype(np.int64)
-                begins = np.flatnonzero(np.append(True, rows[1:, 0] != rows[:-1, 0]))
-                rank = np.arange(len(rows)) - np.repeat(begins, np.diff(begins, append=len(rows)))
-                for back in range(1, _COMPARED + 1):
-                    later = np.flatnonzero(rank >= back)
-                    yield numbers[later - back], numbers[later]
+                indices = rows[:, 1].astype(np.int64)
+                starts = np.flatnonzero(np.append(True, rows[1:, 0] != rows[:-1, 0]))
+                rank = np.arange(len(rows)) - np.repeat(starts, np.diff(starts, append=len(rows)))
+                for offset in range(1, _COMPARED + 1):
+                    later = np.flatnonzero(rank >= offset)
+                    yield indices[later - offset], indices[later]
                 later = np.flatnonzero(rank > _COMPARED)
-                yield numbers[later - rank[later]], numbers[later]
-                rows = rows[begins]
+                yield indices[later - rank[later]], indices[later]
+                rows = rows[starts]

@@ -31,7 +31,7 @@ from lemur_jax.text.tokenizer import Tokenizer
 Record = Mapping[str, bytes]
 Records = Iterable[Record | None]
 
-_SAID_KEYS = (*THOUGHTS, "content", "tool_calls")  # of a message
+_CONTENT_KEYS = (*THOUGHTS, "content", "tool_calls")  # of a message
 _BESIDE_MESSAGES = ("tools", "chat_template_kwargs")
 _KEPT = ("text", "messages", "preferences", "id", "source", "meta")  # of a bad record
 CHUNK_BYTES = 1 << 18
@@ -83,16 +83,16 @@ def encode(tokenizer: Tokenizer, record: Record, steps: str = NO_STEPS) -> Resul
         removed = cleaning.remove(name, text, meta)
         if removed is not None:
             return removed
-        marks: dict[str, Any] = {}
+        extra: dict[str, Any] = {}
         if cleaning.steps:
             texts = {"": text}
             if content == "preferences" and isinstance(messages, dict):
                 texts = {side: conversation_text(said) for side, said in messages.items()}
-            marks = {"fingerprints": cleaning.fingerprints(texts), "label": cleaning.label(meta)}
+            extra = {"fingerprints": cleaning.fingerprints(texts), "label": cleaning.label(meta)}
         if content == "preferences":
-            return _encode_preferences(tokenizer, messages, name, marks)
+            return _encode_preferences(tokenizer, messages, name, extra)
         if content == "messages":
-            return _encode_messages(tokenizer, messages, name, marks)
+            return _encode_messages(tokenizer, messages, name, extra)
     except (ValueError, UserError) as error:
         return _bad_record(record, name, "invalid UTF-8" if isinstance(error, UnicodeError) else str(error))
     pieces = layout(text, meta, name, cleaning.steps)
@@ -101,7 +101,7 @@ def encode(tokenizer: Tokenizer, record: Record, steps: str = NO_STEPS) -> Resul
     # NumPy takes three times as long for a list as for a Python array.
     tokens = np.frombuffer(array.array("I", ids), np.uint32)
     n_bytes = sum(len(piece.encode()) for piece, is_control in pieces if not is_control)
-    return Encoded(id=name, tokens=tokens, mask=None, n_bytes=n_bytes, **marks)
+    return Encoded(id=name, tokens=tokens, mask=None, n_bytes=n_bytes, **extra)
 
 
 def read_content(record: Record) -> tuple[str, Any, str]:
@@ -114,9 +114,9 @@ def read_content(record: Record) -> tuple[str, Any, str]:
 
 
 def _bad_record(record: Record, name: str, reason: str, records: int = 1) -> BadRecord:
-    kept = {key: value.decode("utf-8", "backslashreplace") for key, value in record.items() if key in _KEPT}
+    fields = {key: value.decode("utf-8", "backslashreplace") for key, value in record.items() if key in _KEPT}
     where = record.get("where", b"").decode("utf-8", "backslashreplace")
-    return BadRecord(id=name, reason=reason, record=kept, where=where, records=records)
+    return BadRecord(id=name, reason=reason, record=fields, where=where, records=records)
 
 
 def _messages(data: bytes) -> Any:
@@ -131,51 +131,51 @@ def _messages(data: bytes) -> Any:
 
 
 def conversation_text(messages: Any) -> str:
-    """What a conversation says, thoughts and calls without their random ids too; "" if malformed (refused later)."""
+    """The text of a conversation with thoughts and calls (without random ids); "" if malformed (refused later)."""
     if isinstance(messages, Mapping):
         sides = [value for key, value in messages.items() if key not in _BESIDE_MESSAGES]
         return "\n\n".join(map(conversation_text, sides))
     if not isinstance(messages, list | tuple):
         return ""
-    said = [message.get(key) for message in messages if isinstance(message, Mapping) for key in _SAID_KEYS]
+    said = [message.get(key) for message in messages if isinstance(message, Mapping) for key in _CONTENT_KEYS]
     parts = (part if isinstance(part, str) else _calls(part) for part in said if part)
     return "\n\n".join(parts).strip()
 
 
 def _calls(calls: Any) -> str:
-    given = calls if isinstance(calls, list) else [calls]
-    bare = [call.get("function", call) if isinstance(call, dict) else call for call in given]
-    return json.dumps(bare, ensure_ascii=False)
+    items = calls if isinstance(calls, list) else [calls]
+    functions = [call.get("function", call) if isinstance(call, dict) else call for call in items]
+    return json.dumps(functions, ensure_ascii=False)
 
 
-def _encode_messages(tokenizer: Tokenizer, messages: Any, name: str, marks: Mapping[str, Any]) -> Encoded:
+def _encode_messages(tokenizer: Tokenizer, messages: Any, name: str, extra: Mapping[str, Any]) -> Encoded:
     beside: dict[str, Any] = {}
     if isinstance(messages, dict) and set(messages) <= {"messages", *_BESIDE_MESSAGES}:
         beside = {key: messages[key] for key in _BESIDE_MESSAGES if messages.get(key)}
         messages = messages.get("messages")
     ids, mask = encode_chat(tokenizer, messages, **beside)
     for message in messages:
-        says = message["content"].strip() or message.get("tool_calls")
-        if message["role"] == "assistant" and is_trained(message) and not says:
+        has_content = message["content"].strip() or message.get("tool_calls")
+        if message["role"] == "assistant" and is_trained(message) and not has_content:
             raise ValueError("a turn of the assistant is empty")
     supervised = [index for index, flag in zip(ids, mask, strict=True) if flag]
     n_bytes = len(tokenizer.decode(supervised, skip_special=True).encode())
     tokens, flags = np.array(ids, np.uint32), np.array(mask, np.uint8)
-    return Encoded(id=name, tokens=tokens, mask=flags, n_bytes=n_bytes, **marks)
+    return Encoded(id=name, tokens=tokens, mask=flags, n_bytes=n_bytes, **extra)
 
 
-def _encode_preferences(tokenizer: Tokenizer, pair: Any, name: str, marks: Mapping[str, Any]) -> Encoded:
-    """The chosen conversation, then the rejected one, whose first mask entry says so: it is no target."""
-    sides = [side for side in ("chosen", "rejected") if isinstance(pair, dict) and pair.get(side)]
-    if not sides or pair.get("chosen") == pair.get("rejected"):
+def _encode_preferences(tokenizer: Tokenizer, pair: Any, name: str, extra: Mapping[str, Any]) -> Encoded:
+    """The chosen conversation, then the rejected one, whose first mask entry is `REJECTED`: it is no target."""
+    keys = [key for key in ("chosen", "rejected") if isinstance(pair, dict) and pair.get(key)]
+    if not keys or pair.get("chosen") == pair.get("rejected"):
         raise ValueError("preferences need a chosen or a rejected conversation, which differ")
-    parts = {side: _encode_messages(tokenizer, pair[side], name, {}) for side in sides}
-    tokens = np.concatenate([part.tokens for part in parts.values()])
-    mask = np.concatenate([np.asarray(part.mask) for part in parts.values()])
-    if "rejected" in parts:
-        mask[-len(parts["rejected"].tokens)] = REJECTED
-    n_bytes = sum(part.n_bytes for part in parts.values())
-    return Encoded(id=name, tokens=tokens, mask=mask, n_bytes=n_bytes, **marks)
+    conversations = {key: _encode_messages(tokenizer, pair[key], name, {}) for key in keys}
+    tokens = np.concatenate([conversation.tokens for conversation in conversations.values()])
+    mask = np.concatenate([np.asarray(conversation.mask) for conversation in conversations.values()])
+    if "rejected" in conversations:
+        mask[-len(conversations["rejected"].tokens)] = REJECTED
+    n_bytes = sum(conversation.n_bytes for conversation in conversations.values())
+    return Encoded(id=name, tokens=tokens, mask=mask, n_bytes=n_bytes, **extra)
 
 
 # encode(records, steps): results in order; a None is passed on.
@@ -189,23 +189,23 @@ def encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Encode]:
     It raises UserError when a worker process died.
     """
     if workers == 1:
-        yield lambda records, steps=NO_STEPS: _encode_here(tokenizer, records, steps)
+        yield lambda records, steps=NO_STEPS: _encode_records(tokenizer, records, steps)
         return
-    started: list[tuple[BaseProcess, Connection]] = []
-    own = threading.local()
+    processes: list[tuple[BaseProcess, Connection]] = []
+    local = threading.local()
 
     def encode_chunk(chunk: list[Record | None], steps: str) -> list[Result | None]:
-        """Runs in a thread, which has a process of its own: a ProcessPoolExecutor waits for ever for the rest of
-        a result if a process dies while it writes one."""
-        if not hasattr(own, "pipe"):
-            own.pipe, theirs = _SPAWN.Pipe()
-            process = _SPAWN.Process(target=_run_worker, args=(theirs, tokenizer), daemon=True)
+        """Runs in a thread, which has a process of its own: a ProcessPoolExecutor would wait forever for the rest
+        of a result if a process died while writing it."""
+        if not hasattr(local, "pipe"):
+            local.pipe, worker_pipe = _SPAWN.Pipe()
+            process = _SPAWN.Process(target=_run_worker, args=(worker_pipe, tokenizer), daemon=True)
             process.start()
-            theirs.close()
-            started.append((process, own.pipe))
+            worker_pipe.close()
+            processes.append((process, local.pipe))
         try:
-            own.pipe.send((chunk, steps))
-            return own.pipe.recv()
+            local.pipe.send((chunk, steps))
+            return local.pipe.recv()
         except (EOFError, OSError) as error:
             raise UserError(
                 "a process that tokenizes documents died; if it says nothing above, most likely for lack of memory:"
@@ -213,25 +213,25 @@ def encoder(tokenizer: Tokenizer, workers: int) -> Iterator[Encode]:
             ) from error
 
     def encode_all(records: Records, steps: str = NO_STEPS) -> Results:
-        waiting: collections.deque[Future] = collections.deque()
+        pending: collections.deque[Future] = collections.deque()
         for chunk in _chunks(records):
-            waiting.append(threads.submit(encode_chunk, chunk, steps))
-            if len(waiting) > 2 * workers:
-                yield from waiting.popleft().result()
-        while waiting:
-            yield from waiting.popleft().result()
+            pending.append(threads.submit(encode_chunk, chunk, steps))
+            if len(pending) > 2 * workers:
+                yield from pending.popleft().result()
+        while pending:
+            yield from pending.popleft().result()
 
     threads = ThreadPoolExecutor(workers)
     try:
         yield encode_all
     finally:
         threads.shutdown(cancel_futures=True)
-        for process, pipe in started:
+        for process, pipe in processes:
             pipe.close()
             process.join()
 
 
-def _encode_here(tokenizer: Tokenizer, records: Records, steps: str) -> Results:
+def _encode_records(tokenizer: Tokenizer, records: Records, steps: str) -> Results:
     for record in records:
         yield None if record is None else encode(tokenizer, record, steps)
 
@@ -256,4 +256,4 @@ def _run_worker(pipe: Connection, tokenizer: Tokenizer) -> None:
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             chunk, steps = pipe.recv()
-            pipe.send(list(_encode_here(tokenizer, chunk, steps)))
+            pipe.send(list(_encode_records(tokenizer, chunk, steps)))

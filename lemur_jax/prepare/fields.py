@@ -103,8 +103,8 @@ def _warn_of_absent(names: str) -> None:
 
 def gather(found: Rows, name: str) -> Rows:
     """Merges consecutive rows with the same value in a field, at the place of the first; passes bad rows on."""
-    held: list[Row] = []
-    place, value, count = "", None, 0
+    rows: list[Row] = []
+    start, value, count = "", None, 0
     for position, row in found:
         if not isinstance(row, BadRow) and _is_missing(row.get(name)):
             row = BadRow(reason=f"no field {name!r}, or it is empty")
@@ -112,15 +112,15 @@ def gather(found: Rows, name: str) -> Rows:
             yield position, row
             continue
         if count and row[name] != value:
-            yield place, _joined(held, count, name)
-            held, count = [], 0
+            yield start, _joined(rows, count, name)
+            rows, count = [], 0
         if not count:
-            place, value = position, row[name]
+            start, value = position, row[name]
         count += 1
         if count <= MAX_GATHERED:
-            held.append(row)
+            rows.append(row)
     if count:
-        yield place, _joined(held, count, name)
+        yield start, _joined(rows, count, name)
 
 
 def _joined(rows: Sequence[Row], count: int, name: str) -> Row | BadRow:
@@ -137,9 +137,9 @@ def is_held_out(key: bytes, share: float) -> bool:
 
 def _document(row: Row, fields: Fields, where: str) -> tuple[Document, bytes]:
     if convert := fields.preferences or fields.messages:
-        found = convert(_plain(row))
-        found = found if isinstance(found, Mapping) else list(found)
-        content, text = json.dumps(found, ensure_ascii=False).encode(), conversation_text(found)
+        converted = convert(_plain(row))
+        converted = converted if isinstance(converted, Mapping) else list(converted)
+        content, text = json.dumps(converted, ensure_ascii=False).encode(), conversation_text(converted)
     else:
         text = _look_up(row, fields.text)
         text = text.decode() if isinstance(text, bytes) else text
@@ -171,14 +171,14 @@ _NOTHING, _ABSENT = object(), object()
 
 def _look_up(row: Row, name: str, default: Any = _NOTHING) -> Any:
     value: Any = row
-    for part in [name] if name in row else name.split("."):
+    for key in [name] if name in row else name.split("."):
         if isinstance(value, str) and value.startswith("{"):  # RedPajama's Parquet has metadata as JSON
             value = json.loads(value)
-        if not isinstance(value, Mapping) or part not in value:
+        if not isinstance(value, Mapping) or key not in value:
             if default is _NOTHING:
                 raise ValueError(f"no field {name!r}; there are {', '.join(map(str, row))}")
             return default
-        value = value[part]
+        value = value[key]
     return value
 
 
@@ -195,7 +195,7 @@ def _plain(value: Any) -> Any:
 
 
 def _as_text(value: Any) -> str:
-    """What JSON does not know: bytes, and times."""
+    """Values that JSON has no type for, as text: bytes and times."""
     return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 

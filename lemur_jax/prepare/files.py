@@ -82,4 +82,4 @@ class Files:
             return None, required
         required = [fields.text, *required]
         names = (*required, *fields.meta)
-        return sorted({part for name in names for part in (name, name.partition(".")[0])}), required
+        return sorted({column for name in names for column in (name, name.partition(".")[0])}), required

@@ -16,7 +16,7 @@ def import_modules(modules: Sequence[str]) -> None:
             frames = traceback.extract_tb(error.__traceback__)[2:]  # of the import system, then of the module
             files = [frame.filename for frame in frames if not frame.filename.startswith("<frozen ")]
             lines = [frame.lineno for frame in frames if frame.filename in files[:1]]
-            where = f" (line {lines[-1]} of {files[0]})" if files else ""
+            location = f" (line {lines[-1]} of {files[0]})" if files else ""
             hint = "; install it, or add its directory to PYTHONPATH" * isinstance(error, ImportError)
             reason = str(error) if isinstance(error, UserError) else reason_of(error)
-            raise UserError(f"cannot import {module!r} of data.modules: {reason}{where}{hint}") from error
+            raise UserError(f"cannot import {module!r} of data.modules: {reason}{location}{hint}") from error

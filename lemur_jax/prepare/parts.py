@@ -49,10 +49,10 @@ def copy_part(store: TokenStore, label: str, writer: StoreWriter) -> None:
             f" {manifest.split} split; there are {describe_labels(manifest)}"
         )
     n_bytes = manifest.labels[label]["bytes"]
-    for first in range(0, store.num_documents, _COPIED):
-        documents = store.documents_of(label, first, first + _COPIED)
+    for start in range(0, store.num_documents, _COPIED):
+        documents = store.documents_of(label, start, start + _COPIED)
         if not documents.size:
             continue
         for ids, mask, name in zip(*store.read_documents(documents), strict=True):
             writer.add(ids, name, n_bytes, mask)
-            n_bytes = 0  # only the sum is known: the first document stands for it
+            n_bytes = 0  # only the sum is known: the first document gets it all

@@ -74,16 +74,16 @@ def prepare(
         config = dataclasses.replace(config, data=resolve_mixture(config.data))
     train = [(name, "train") for name in config.data.sources]
     held_out = [(name, "validation") for name in (*config.eval.tasks, *config.prepare.held_out_tasks)]
-    wanted = list(dict.fromkeys(train + held_out))
-    found = {name: tasks.find_task(split_name(name)[0], config.data.modules) for name, _ in wanted}
-    steps = _steps(config.prepare.steps, {task.name for task in found.values()})
-    for name, split in wanted:
-        check_part(name, split, list(config.data.sources), json.loads(steps[found[name].name]))
-        _check_task(found[name], split, json.loads(steps[found[name].name]))
+    stores = list(dict.fromkeys(train + held_out))
+    task_by_name = {name: tasks.find_task(split_name(name)[0], config.data.modules) for name, _ in stores}
+    steps = _steps(config.prepare.steps, {task.name for task in task_by_name.values()})
+    for name, split in stores:
+        check_part(name, split, list(config.data.sources), json.loads(steps[task_by_name[name].name]))
+        _check_task(task_by_name[name], split, json.loads(steps[task_by_name[name].name]))
     tokenizer = prepare_tokenizer(config.tokenizer, config.data.modules, config.model.vocab_size)
-    if any(tasks.content_of(found[name], split) != "text" for name, split in wanted):
+    if any(tasks.content_of(task_by_name[name], split) != "text" for name, split in stores):
         check_template(tokenizer)
-    if not wanted:
+    if not stores:
         return
     with _lock(config.data), encoder(tokenizer, config.prepare.workers or available_cores()) as encode:
         run = _Run(
@@ -91,13 +91,13 @@ def prepare(
             steps=steps, tokenizer=tokenizer, encode=encode, replace=replace, runner=runner,
             runner_options=runner_options,
         )  # fmt: skip
-        for name, split in () if replace else wanted:
-            _check_unchanged(run, found[name], name, split)
-        for name, split in wanted:
-            if name == found[name].name:
-                _prepare_store(run, found[name], split)
+        for name, split in () if replace else stores:
+            _check_unchanged(run, task_by_name[name], name, split)
+        for name, split in stores:
+            if name == task_by_name[name].name:
+                _prepare_store(run, task_by_name[name], split)
             else:
-                _prepare_part(run, found[name], name, split)
+                _prepare_part(run, task_by_name[name], name, split)
     if config.data.mixture:
         sources = {name: dataclasses.asdict(source) for name, source in config.data.sources.items()}
         write_json(config.data.mixture_record, sources)  # where `config.load` finds them without seqio
@@ -115,8 +115,8 @@ def _check_task(task: Any, split: str, options: Mapping[str, Any]) -> None:
     """Refuses steps that do not fit what a task reads, before anything is read."""
     tasks.check_files(task, split)
     check_content(options, tasks.content_of(task, split), task.name)
-    if (kept := tasks.metadata_of(task)) is not None:
-        check_fields(task.name, options, kept)
+    if (fields := tasks.metadata_of(task)) is not None:
+        check_fields(task.name, options, fields)
 
 
 @contextlib.contextmanager
@@ -171,8 +171,8 @@ def _prepare_store(run: _Run, task: tasks.Task, split: str) -> None:
         with draft:
             rejects = _fill(run, task, split, draft)
             label = f"{task.name}/{split}: duplicates"
-            with Progress(draft.documents, label, "documents") as shown, writer:
-                duplicates.copy_distinct(draft, writer, steps, run.tokenizer, rejects, shown.update)
+            with Progress(draft.documents, label, "documents") as progress, writer:
+                duplicates.copy_distinct(draft, writer, steps, run.tokenizer, rejects, progress.update)
                 rejects.finish()
     else:
         with writer:
@@ -190,14 +190,14 @@ def _fill(run: _Run, task: tasks.Task, split: str, writer: StoreWriter) -> Rejec
     rejects = Rejects(run.path(task.name, split), saved["rejects"])
     (shard, done), last_save = saved["place"], time.monotonic()
     try:
-        with Progress(task.source.num_input_examples(split), label, "documents") as shown:
-            shown.update(rejects.records)
+        with Progress(task.source.num_input_examples(split), label, "documents") as progress:
+            progress.update(rejects.records)
             for result in _results(run, task, split, writer, (shard, done)):
                 if result is None:
                     shard, done = shard + 1, 0
                 else:
                     done += 1
-                    shown.update()
+                    progress.update()
                     _add_result(result, writer, rejects)
                 if done % SAVE_RECORDS == 0 and time.monotonic() - last_save >= SAVE_SECONDS:
                     rejects.check(run.max_bad_share, label, finished=False)
@@ -227,10 +227,12 @@ def _prepare_part(run: _Run, task: tasks.Task, name: str, split: str) -> None:
     logger.info("%s; %.1f s", _summary(read_manifest(path)), time.monotonic() - begin)
 
 
-def _results(run: _Run, task: tasks.Task, split: str, writer: StoreWriter, place: tuple[int, int]) -> Results:
-    """The results of the records from `place` = (shard, records of it) on, in order."""
+def _results(
+    run: _Run, task: tasks.Task, split: str, writer: StoreWriter, position: tuple[int, int]
+) -> Results:
+    """The results of the records from `position` = (shard, records of it) on, in order."""
     steps = run.steps[task.name]
-    shard, done = place
+    shard, done = position
     if not run.runner:
         return run.encode(_records(task, split, shard, done), steps)
     inputs = digest_of(dataclasses.asdict(writer.manifest))
@@ -286,13 +288,13 @@ def _check_any(task: tasks.Task, split: str, rejects: Rejects, writer: StoreWrit
         )
 
 
-def _steps(given: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
+def _steps(options: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
     """The steps of each task, from `parse_steps`."""
     names = sorted(names)
-    for name in given:
+    for name in options:
         if name not in names:
             raise UserError(f"prepare.steps names {name!r}; the tasks of this config are {', '.join(names)}")
-    return {name: parse_steps(name, given.get(name, {})) for name in names}
+    return {name: parse_steps(name, options.get(name, {})) for name in names}
 
 
 def _writer(
@@ -351,7 +353,7 @@ def _changes(manifest: Manifest, writer: StoreWriter, tokenizer: Tokenizer) -> l
         "the definition, steps or template": manifest.task_digest != new.task_digest,
         "the tokenizer": not compatible(tokenizer, manifest.tokenizer_digest, manifest.added_tokens),
     }
-    return [what for what, differs in changed.items() if differs]
+    return [label for label, differs in changed.items() if differs]
 
 
 def _is_current(run: _Run, path: epath.Path, writer: StoreWriter) -> bool:

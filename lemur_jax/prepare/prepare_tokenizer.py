@@ -54,32 +54,32 @@ def _train(options: TokenizerConfig, modules: Sequence[str], path: epath.Path) -
         raise UserError("tokenizer.train_tasks is empty: name the tasks to train the tokenizer on")
     begin = time.monotonic()
     texts: list[str] = []
-    with Progress(None, "tokenizer: read", "documents") as shown:
+    with Progress(None, "tokenizer: read", "documents") as progress:
         for name in names:
             task = tasks.find_task(name, modules)
-            found = sample(tasks.examples(task, "train"), SAMPLE_BYTES // len(names), shown)
-            if not any(found):
+            sampled = sample(tasks.examples(task, "train"), SAMPLE_BYTES // len(names), progress)
+            if not any(sampled):
                 raise UserError(f"task {name!r} has no text in its train split to train a tokenizer on")
-            texts += found
+            texts += sampled
     train_sentencepiece(texts, path, size)
-    made_of = f"{sum(len(text.encode()) for text in texts) / 1e6:.1f} MB of {', '.join(names)}"
-    logger.info("%s: %s tokens, trained on %s, %.1f s", path, f"{size:,}", made_of, time.monotonic() - begin)
+    corpus = f"{sum(len(text.encode()) for text in texts) / 1e6:.1f} MB of {', '.join(names)}"
+    logger.info("%s: %s tokens, trained on %s, %.1f s", path, f"{size:,}", corpus, time.monotonic() - begin)
 
 
 def sample(records: Iterable[Record], limit: int, shown: Any = None) -> list[str]:
     """Texts of at most `limit` bytes in total, chosen and ordered by a hash; only these are in memory."""
-    kept: list[tuple[int, bytes]] = []  # a heap with the largest hash, negated, on top
+    heap: list[tuple[int, bytes]] = []  # a heap with the largest hash, negated, on top
     size = 0
     for record in records:
         text = _plain_text(record)[:SAMPLE_DOCUMENT_BYTES]
         digest = int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
-        heapq.heappush(kept, (-digest, text))
+        heapq.heappush(heap, (-digest, text))
         size += len(text)
         while size > limit:
-            size -= len(heapq.heappop(kept)[1])
+            size -= len(heapq.heappop(heap)[1])
         if shown is not None:
             shown.update(1)
-    return [text.decode("utf-8", "ignore") for _, text in sorted(kept, reverse=True)]
+    return [text.decode("utf-8", "ignore") for _, text in sorted(heap, reverse=True)]
 
 
 def _plain_text(record: Record) -> bytes:
@@ -101,9 +101,9 @@ def _check_tokenizer(options: TokenizerConfig, vocab_size: int, tokenizer: Token
         base = Tokenizer.load(options.extend)
         missing = [token for token in options.add_tokens if token not in tokenizer.control_tokens]
         if missing or not compatible(tokenizer, base.digest, base.added_tokens):
-            what = f"lacks {missing[0]}" if missing else f"was not made from {options.extend}"
+            problem = f"lacks {missing[0]}" if missing else f"was not made from {options.extend}"
             raise UserError(
-                f"the tokenizer in {options.path} {what}: remove that directory, or name another in"
+                f"the tokenizer in {options.path} {problem}: remove that directory, or name another in"
                 " tokenizer.path"
             )
     if tokenizer.vocab_size > vocab_size:

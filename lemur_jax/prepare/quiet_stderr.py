@@ -9,14 +9,14 @@ from collections.abc import Iterator
 @contextlib.contextmanager
 def quiet_stderr() -> Iterator[None]:
     """Buffers stderr, also that of C++, and shows it only if the block fails."""
-    with tempfile.TemporaryFile() as kept:
+    with tempfile.TemporaryFile() as buffer:
         stderr = os.dup(2)
-        os.dup2(kept.fileno(), 2)
+        os.dup2(buffer.fileno(), 2)
         try:
             yield
         except BaseException:
-            kept.seek(0)
-            os.write(stderr, kept.read())
+            buffer.seek(0)
+            os.write(stderr, buffer.read())
             raise
         finally:
             os.dup2(stderr, 2)

@@ -55,7 +55,7 @@ def find_files(patterns: str | Iterable[str]) -> list[str]:
 
     Hidden files and marker files such as `_SUCCESS` are left out. UserError for `**`.
     """
-    found: set[epath.Path] = set()
+    paths: set[epath.Path] = set()
     on_hub: list[str] = []
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         if "**" in pattern:  # thousands of requests on gs://
@@ -64,16 +64,16 @@ def find_files(patterns: str | Iterable[str]) -> list[str]:
             on_hub += dataset_files(pattern)
             continue
         path = epath.Path(pattern).expanduser()
-        wild = [any(sign in part for sign in "*?[") for part in path.parts]
-        if not any(wild) or path.exists():  # names may have brackets
+        has_wildcard = [any(sign in part for sign in "*?[") for part in path.parts]
+        if not any(has_wildcard) or path.exists():  # names may have brackets
             # A dangling link stays, so that reading it fails.
-            inside = (file for file in path.glob("*") if not file.is_dir()) if path.is_dir() else [path]
-            found |= {file for file in inside if file != path or file.exists()}
+            candidates = (file for file in path.glob("*") if not file.is_dir()) if path.is_dir() else [path]
+            paths |= {file for file in candidates if file != path or file.exists()}
             continue
         # epath globs below a directory only: begin at the last one without a wildcard.
-        first = wild.index(True)
-        found |= set(epath.Path(*path.parts[:first]).glob("/".join(path.parts[first:])))
-    return sorted(path for path in [*map(str, found), *dict.fromkeys(on_hub)] if not _is_marker(path))
+        index = has_wildcard.index(True)
+        paths |= set(epath.Path(*path.parts[:index]).glob("/".join(path.parts[index:])))
+    return sorted(path for path in [*map(str, paths), *dict.fromkeys(on_hub)] if not _is_marker(path))
 
 
 def _is_marker(path: str) -> bool:
@@ -119,21 +119,21 @@ def read_rows(
         logger.warning("%s is empty", path)
     chunks = read_utf8(path)
     if kind == "text":
-        found = _whole(chunks, max_bytes)
+        rows = _whole_text(chunks, max_bytes)
     else:
-        found = _lines(chunks, max_bytes) if kind == "lines" else _json(chunks, max_bytes)
-    yield from up_to_damage(path, found)
+        rows = _lines(chunks, max_bytes) if kind == "lines" else _json(chunks, max_bytes)
+    yield from up_to_damage(path, rows)
 
 
 def up_to_damage(path: str, found: Rows) -> Rows:
     """The rows of a file, and at its damage a bad row for the missing ones."""
-    place, count = "file", 0
+    location, count = "file", 0
     try:
         for position, row in found:
             yield position, row
-            place, count = f"after {position}", count + 1
+            location, count = f"after {position}", count + 1
     except Unreadable as error:
-        yield place, BadRow(reason=f"cannot be read on: {error}", records=error.count_lost(count, path))
+        yield location, BadRow(reason=f"cannot be read on: {error}", records=error.count_lost(count, path))
 
 
 def bad_reason(error: Exception) -> str:
@@ -150,18 +150,18 @@ def bad_reason(error: Exception) -> str:
 
 def _lines(chunks: Iterable[bytes], max_bytes: int) -> Rows:
     """The text of each line that is not blank, with at most `max_bytes` and one chunk in memory."""
-    number, held, length = 1, b"", 0  # `held`: the line so far; of a long one its beginning
+    number, line, length = 1, b"", 0  # `line`: the line so far; of a long one its beginning
     for chunk in itertools.chain(chunks, [None]):
-        for part in [b""] if chunk is None else io.BytesIO(chunk):  # BytesIO divides at line feeds only
-            length += len(part)
-            held = held + part if length <= max_bytes else (held[:EXCERPT] + part[:EXCERPT])[:EXCERPT]
-            if part.endswith(b"\n") or chunk is None:
-                if held.strip() or length > max_bytes:
-                    yield f"line {number}", _text_row(held.rstrip(b"\r\n"), length, max_bytes)
-                number, held, length = number + 1, b"", 0
+        for piece in [b""] if chunk is None else io.BytesIO(chunk):  # BytesIO divides at line feeds only
+            length += len(piece)
+            line = line + piece if length <= max_bytes else (line[:EXCERPT] + piece[:EXCERPT])[:EXCERPT]
+            if piece.endswith(b"\n") or chunk is None:
+                if line.strip() or length > max_bytes:
+                    yield f"line {number}", _text_row(line.rstrip(b"\r\n"), length, max_bytes)
+                number, line, length = number + 1, b"", 0
 
 
-def _whole(chunks: Iterable[bytes], max_bytes: int) -> Rows:
+def _whole_text(chunks: Iterable[bytes], max_bytes: int) -> Rows:
     data = b""
     for chunk in chunks:
         data += chunk
@@ -187,8 +187,8 @@ def _json(chunks: Iterator[bytes], max_bytes: int) -> Rows:
     while not head.strip() and (chunk := next(chunks, b"")):
         head += chunk
     chunks = itertools.chain([head], chunks)
-    found = _elements if head.lstrip().startswith(b"[") else _lines
-    for position, row in found(chunks, max_bytes):
+    parse = _elements if head.lstrip().startswith(b"[") else _lines
+    for position, row in parse(chunks, max_bytes):
         yield position, row if isinstance(row, BadRow) else _object(row["text"])
 
 

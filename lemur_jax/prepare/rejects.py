@@ -32,8 +32,8 @@ class Rejects:
         self._quarantine = store.parent / f"{store.name}.quarantine.jsonl"
         self._removed = store.parent / f"{store.name}.removed.json"
         self._work = store.parent / f".{store.name}.work"
-        fresh: dict[str, Any] = {"saves": 0, "records": 0, "good": 0, "bad": 0, "first": "", "removed": {}}
-        self._state = fresh if saved is None else saved
+        empty: dict[str, Any] = {"saves": 0, "records": 0, "good": 0, "bad": 0, "first": "", "removed": {}}
+        self._state = empty if saved is None else saved
         self._file: Any = None
         if saved is None and self._work.exists():
             self._work.rmtree()
@@ -85,8 +85,8 @@ class Rejects:
         """Raises UserError if all records are bad, or a larger share than `limit`."""
         removed = sum(step["documents"] for step in self._state["removed"].values())
         good, bad = self._state["good"] + removed, self._state["bad"]
-        few = good and bad <= limit * (good + bad)
-        if few or (not finished and good + bad < EARLY_RECORDS):
+        acceptable = good and bad <= limit * (good + bad)
+        if acceptable or (not finished and good + bad < EARLY_RECORDS):
             return
         self._collect()
         raise UserError(
@@ -112,12 +112,12 @@ class Rejects:
         self._close()
         self._quarantine.unlink(missing_ok=True)
         if self._state["bad"]:
-            parts = [self._work / f"{number}.jsonl" for number in range(self._state["saves"] + 1)]
-            with self._quarantine.open("w") as out:
-                for part in parts:
-                    if part.exists():
-                        with part.open() as lines:
-                            shutil.copyfileobj(lines, out)
+            paths = [self._work / f"{index}.jsonl" for index in range(self._state["saves"] + 1)]
+            with self._quarantine.open("w") as target:
+                for path in paths:
+                    if path.exists():
+                        with path.open() as source:
+                            shutil.copyfileobj(source, target)
 
     def _close(self) -> None:
         if self._file is not None:

@@ -149,15 +149,15 @@ class StoreWriter:
 
     def _add_label(self, label: str, n_bytes: int) -> None:
         labels = self._counts["labels"]
-        of_label = labels.setdefault(label, {"number": len(labels), "documents": 0, "bytes": 0})
+        entry = labels.setdefault(label, {"number": len(labels), "documents": 0, "bytes": 0})
         if len(labels) > MAX_LABELS:
             raise UserError(
                 f"the metadata field {self.manifest.label_field!r} of the task {self.manifest.task} has more than"
                 f" {MAX_LABELS:,} values: choose one with few values, such as the language"
             )
-        of_label["documents"] += 1
-        of_label["bytes"] += n_bytes
-        self._arrays["labels"].append([of_label["number"]])
+        entry["documents"] += 1
+        entry["bytes"] += n_bytes
+        self._arrays["labels"].append([entry["number"]])
 
     def __exit__(self, kind, value, traceback) -> None:
         try:

@@ -44,7 +44,7 @@ class Unreadable(Exception):
 
 
 def read_utf8(path: str) -> Iterator[bytes]:
-    """Non-empty chunks of a file's text as UTF-8 without byte-order mark, which tells UTF-16 and UTF-32.
+    """Non-empty chunks of a file's text as UTF-8 without byte-order mark, by which UTF-16 and UTF-32 are known.
 
     UTF-8 itself is not checked. Raises `Unreadable` after the intact data.
     """
@@ -97,12 +97,12 @@ def _decompress(file: Any, compression: str, size: int) -> Iterator[bytes]:
                     data = data.lstrip(b"\0")  # padding, which gzip ignores
                 decoder = _decoder(compression) if data else None
                 continue
-            before = decoder.copy() if compression == "gzip" else None
+            snapshot = decoder.copy() if compression == "gzip" else None
             try:
                 yield decoder.decompress(data)
             except (zlib.error, zstandard.ZstdError) as error:
-                if before is not None:
-                    yield from _up_to_error(before, data)
+                if snapshot is not None:
+                    yield from _up_to_error(snapshot, data)
                 # The checksum is of the whole stream: any part of it may be wrong.
                 unread = None if "check" in str(error) else (size - read) / read
                 raise Unreadable(f"damaged {compression}: {error}", unread) from error

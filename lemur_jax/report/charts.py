@@ -14,7 +14,7 @@ from lemur_jax.report import labels
 from lemur_jax.report.html import escape
 
 # A line with more points than this is stored as this many means, with the range of the points behind each.
-MOST_POINTS = 1000
+MAX_POINTS = 1000
 COLOURS = 8  # of the palette in page.css; colour 0 is that of the text
 Point = tuple[float, float]
 
@@ -57,8 +57,8 @@ def line_chart(
       log: a logarithmic axis if all values are positive and spread over more than a factor of 3.
       zero: the axis begins at 0.
     """
-    known = [line for line in lines if any(y is not None for _, y in line.points)]
-    if not known:
+    nonempty = [line for line in lines if any(y is not None for _, y in line.points)]
+    if not nonempty:
         return ""
     data = {
         "title": title,
@@ -66,7 +66,7 @@ def line_chart(
         "log": log,
         "zero": zero,
         "runs": [dataclasses.asdict(lane) for lane in lanes],
-        "lines": [_line_data(line) for line in known],
+        "lines": [_line_data(line) for line in nonempty],
     }
     # A "<" in a name must not end the script element.
     content = json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
@@ -83,13 +83,13 @@ def _line_data(line: Line) -> dict:
     data = {"run": line.run, "name": line.name, "panel": line.panel or line.name, "colour": line.colour}
     data |= {"dots": line.dots, "dashed": line.dashed}
     points = line.points
-    if len(points) <= MOST_POINTS:
+    if len(points) <= MAX_POINTS:
         return data | {"x": [x for x, _ in points], "y": [_short(y) for _, y in points]}
     columns: dict[str, list] = {"x": [], "y": [], "low": [], "high": []}
-    for index in range(MOST_POINTS):
-        part = points[index * len(points) // MOST_POINTS : (index + 1) * len(points) // MOST_POINTS]
-        values = [y for _, y in part if y is not None]
-        columns["x"].append(round(sum(x for x, _ in part) / len(part), 1))
+    for index in range(MAX_POINTS):
+        bucket = points[index * len(points) // MAX_POINTS : (index + 1) * len(points) // MAX_POINTS]
+        values = [y for _, y in bucket if y is not None]
+        columns["x"].append(round(sum(x for x, _ in bucket) / len(bucket), 1))
         columns["y"].append(_short(sum(values) / len(values)) if values else None)
         columns["low"].append(_short(min(values, default=None)))
         columns["high"].append(_short(max(values, default=None)))
@@ -127,7 +127,7 @@ class Mark:
     x: float
     y: float
     label: str = ""
-    note: str = ""  # shown by a pointer that rests on it
+    note: str = ""  # shown as a tooltip
     colour: int = 1  # of the palette
     x_error: float = 0.0  # half the length of its error bar
     y_error: float = 0.0
@@ -175,30 +175,30 @@ def scatter_plot(
     (width, height), (left, top, right, bottom) = size, MARGINS
     points = [point for mark in marks for point in (*mark.samples, (mark.x, mark.y))]
     points += [point for _, curve in curves for point in curve]
-    across = _Scale.around([x for x, _ in points], left, width - right)
-    down = _Scale.around([y for _, y in points], height - bottom, top)
+    x_scale = _Scale.around([x for x, _ in points], left, width - right)
+    y_scale = _Scale.around([y for _, y in points], height - bottom, top)
     named = [mark for mark in marks if mark.label]
     front = sorted((mark for mark in marks if mark.front), key=lambda mark: mark.x)
-    path = [(across(mark.x), down(mark.y)) for mark in front]
-    placed = labels.place_labels(
+    path = [(x_scale(mark.x), y_scale(mark.y)) for mark in front]
+    placements = labels.place_labels(
         [labels.text_size(mark.label, mark.front) for mark in named],
-        [(across(mark.x), down(mark.y)) for mark in named],
-        [box for mark in marks for box in _boxes(mark, across, down)],
+        [(x_scale(mark.x), y_scale(mark.y)) for mark in named],
+        [box for mark in marks for box in _boxes(mark, x_scale, y_scale)],
         (left, top / 2 + 10, width - right / 2, height - bottom),
     )
     joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in path)
     drawn = [
-        *(_curve(colour, curve, across, down) for colour, curve in curves),
+        *(_curve(colour, curve, x_scale, y_scale) for colour, curve in curves),
         f'<polyline class="front" points="{joined}" stroke-dasharray="5 4"/>',
-        *(_mark(mark, across, down) for mark in marks),
-        *(_label(mark, label) for mark, label in zip(named, placed, strict=True)),
+        *(_mark(mark, x_scale, y_scale) for mark in marks),
+        *(_label(mark, label) for mark, label in zip(named, placements, strict=True)),
     ]
     return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img">
 <title>{escape(title)}</title>
 <style>{_STYLE}</style>
 <rect class="back" width="{width}" height="{height}"/>
 <text class="axis" x="{left if width > 500 else 12}" y="24">{escape(caption)}</text>
-{_axes(axes, across, down, size)}
+{_axes(axes, x_scale, y_scale, size)}
 {"".join(drawn)}
 </svg>
 """
@@ -222,17 +222,17 @@ class _Scale:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
-def _axes(names: tuple[str, str], across: _Scale, down: _Scale, size: tuple[int, int]) -> str:
+def _axes(names: tuple[str, str], x_scale: _Scale, y_scale: _Scale, size: tuple[int, int]) -> str:
     (width, height), (left, top, right, bottom) = size, MARGINS
     parts = []
-    for tick in linear_ticks(across.low, across.high, 6 if width > 500 else 4):
-        x = across(tick)
+    for tick in linear_ticks(x_scale.low, x_scale.high, 6 if width > 500 else 4):
+        x = x_scale(tick)
         parts.append(f'<path class="grid" d="M{x:.1f} {top}V{height - bottom}"/>')
         parts.append(
             f'<text class="axis" x="{x:.1f}" y="{height - bottom + 18}" text-anchor="middle">{compact(tick)}</text>'
         )
-    for tick in linear_ticks(down.low, down.high, 6):
-        y = down(tick)
+    for tick in linear_ticks(y_scale.low, y_scale.high, 6):
+        y = y_scale(tick)
         parts.append(f'<path class="grid" d="M{left} {y:.1f}H{width - right}"/>')
         parts.append(
             f'<text class="axis" x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{compact(tick)}</text>'
@@ -246,17 +246,17 @@ def _axes(names: tuple[str, str], across: _Scale, down: _Scale, size: tuple[int,
     return "\n".join(parts)
 
 
-def _mark(mark: Mark, across: _Scale, down: _Scale) -> str:
-    x, y, kind = across(mark.x), down(mark.y), f"c{mark.colour}"
+def _mark(mark: Mark, x_scale: _Scale, y_scale: _Scale) -> str:
+    x, y, kind = x_scale(mark.x), y_scale(mark.y), f"c{mark.colour}"
     if mark.cross:
         return (
             f'<path class="{kind} cross" stroke-width="2.5" d="M{x - 6:.1f} {y - 6:.1f}l12 12m0 -12l-12 12"/>'
         )
     samples = "".join(
-        f'<circle class="{kind} sample" cx="{across(a):.1f}" cy="{down(b):.1f}" r="{SAMPLE:g}"/>'
+        f'<circle class="{kind} sample" cx="{x_scale(a):.1f}" cy="{y_scale(b):.1f}" r="{SAMPLE:g}"/>'
         for a, b in mark.samples
     )
-    wide, tall = _bar_lengths(mark, across, down)
+    wide, tall = _bar_lengths(mark, x_scale, y_scale)
     bars = f"M{x - wide:.1f} {y:.1f}h{2 * wide:.1f}M{x:.1f} {y - tall:.1f}v{2 * tall:.1f}"
     note = f"<title>{escape(mark.note)}</title>" if mark.note else ""
     return (
@@ -265,26 +265,26 @@ def _mark(mark: Mark, across: _Scale, down: _Scale) -> str:
     )
 
 
-def _curve(colour: int, points: Sequence[Point], across: _Scale, down: _Scale) -> str:
-    path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in points)
+def _curve(colour: int, points: Sequence[Point], x_scale: _Scale, y_scale: _Scale) -> str:
+    path = " ".join(f"{x_scale(x):.1f},{y_scale(y):.1f}" for x, y in points)
     return f'<path class="c{colour} curve" style="fill:none;stroke-width:1.5" d="M{path}"/>'
 
 
-def _bar_lengths(mark: Mark, across: _Scale, down: _Scale) -> Point:
+def _bar_lengths(mark: Mark, x_scale: _Scale, y_scale: _Scale) -> Point:
     """How far the error bars reach to each side, in pixels."""
-    x, y = across(mark.x), down(mark.y)
-    return abs(across(mark.x + mark.x_error) - x), abs(down(mark.y + mark.y_error) - y)
+    x, y = x_scale(mark.x), y_scale(mark.y)
+    return abs(x_scale(mark.x + mark.x_error) - x), abs(y_scale(mark.y + mark.y_error) - y)
 
 
-def _boxes(mark: Mark, across: _Scale, down: _Scale) -> list[labels.Box]:
+def _boxes(mark: Mark, x_scale: _Scale, y_scale: _Scale) -> list[labels.Box]:
     """What is drawn of a mark, which no label may cover."""
-    x, y = across(mark.x), down(mark.y)
-    wide, tall = _bar_lengths(mark, across, down)
+    x, y = x_scale(mark.x), y_scale(mark.y)
+    wide, tall = _bar_lengths(mark, x_scale, y_scale)
     return [
         _square(x, y, CROSS if mark.cross else POINT),
         (x - wide, y - BAR, x + wide, y + BAR),
         (x - BAR, y - tall, x + BAR, y + tall),
-        *(_square(across(a), down(b), SAMPLE) for a, b in mark.samples),
+        *(_square(x_scale(a), y_scale(b), SAMPLE) for a, b in mark.samples),
     ]
 
 
@@ -299,9 +299,9 @@ def _label(mark: Mark, label: labels.Label) -> str:
         leader = f'<path class="leader" d="M{x:.1f} {y:.1f}L{end_x:.1f} {end_y:.1f}"/>'
     left, _, right, bottom = label.box
     x = {"start": left, "middle": (left + right) / 2, "end": right}[label.anchor]
-    place = f'x="{x:.1f}" y="{bottom - labels.DESCENT:.1f}" text-anchor="{label.anchor}"'
+    attributes = f'x="{x:.1f}" y="{bottom - labels.DESCENT:.1f}" text-anchor="{label.anchor}"'
     kind = "text front-name" if mark.front else "text"
-    return f'{leader}<text class="{kind}" {place}>{escape(mark.label)}</text>\n'
+    return f'{leader}<text class="{kind}" {attributes}>{escape(mark.label)}</text>\n'
 
 
 def linear_ticks(low: float, high: float, count: int) -> list[float]:

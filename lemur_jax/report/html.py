@@ -54,7 +54,7 @@ def html_table(
 
 
 def escape(value: str | os.PathLike) -> str:
-    """Text as HTML; "?" for what UTF-8 cannot write, as a part of a path of another encoding."""
+    """Text as HTML; "?" for what UTF-8 cannot write, e.g. in a path of another encoding."""
     return html.escape(os.fspath(value).encode(errors="replace").decode())
 
 

@@ -27,7 +27,7 @@ class Label:
 
     box: Box  # filled by the text
     anchor: str  # SVG's text-anchor: the end of the text that is near its mark
-    leader: tuple[Point, Point] | None  # a line from the label to its mark, where they are far apart
+    leader: tuple[Point, Point] | None  # a line from the label to its mark, if they are far apart
 
 
 def text_size(text: str, bold: bool = False) -> Point:
@@ -44,21 +44,21 @@ def place_labels(
     """
     placed: list[Label] = []
     for size, mark in zip(sizes, marks, strict=True):
-        around = list(_around(mark, size))
-        # A label that is wider than the plot stands out of it.
-        labels = [label for label in around if contains(inside, label.box)] or around[:1]
-        covered = np.reshape([*taken, *(other.box for other in placed)], (-1, 4))
-        is_free = ~overlap(np.array([[label.box] for label in labels]), covered, SPACE).any(axis=1)
+        candidates = list(_candidates(mark, size))
+        # A label that is wider than the plot extends beyond it.
+        labels = [label for label in candidates if contains(inside, label.box)] or candidates[:1]
+        obstacles = np.reshape([*taken, *(other.box for other in placed)], (-1, 4))
+        is_free = ~overlap(np.array([[label.box] for label in labels]), obstacles, SPACE).any(axis=1)
         placed.append(labels[np.argmax(is_free)])  # the first one
     return placed
 
 
-def _around(mark: Point, size: Point) -> Iterator[Label]:
+def _candidates(mark: Point, size: Point) -> Iterator[Label]:
     """Positions around a mark, the nearest first; of those equally near the one to the right first."""
     (x, y), (width, height) = mark, size
     for distance in _DISTANCES:
-        for number in range(_DIRECTIONS):
-            angle = 2 * math.pi * number / _DIRECTIONS
+        for index in range(_DIRECTIONS):
+            angle = 2 * math.pi * index / _DIRECTIONS
             near_x, near_y = x + distance * math.cos(angle), y + distance * math.sin(angle)
             anchor, share = ("start", 0.0) if math.cos(angle) > 0.3 else ("middle", 0.5)
             if math.cos(angle) < -0.3:

@@ -76,7 +76,7 @@ def _read_run(path: str, name: str) -> Run:
     records, skipped = scan_metrics(path)
     for record in records:
         kind, step = record.get("kind"), record["step"]
-        if kind in by_step:  # of a step that was recorded twice the later record counts
+        if kind in by_step:  # the later record of a step counts
             by_step[kind][step] = record
         elif kind == "eval" and "task" in record:
             evals.setdefault(record["task"], {})[step] = record
@@ -90,7 +90,7 @@ def _read_run(path: str, name: str) -> Run:
         workdir=path,
         config=flatten(read_config(epath.Path(path))),
         train=_sorted(by_step["train"]),
-        evals={task: _sorted(of) for task, of in evals.items()},
+        evals={task: _sorted(steps) for task, steps in evals.items()},
         balance=_sorted(by_step["balance"]),
         starts=others["start"],
         time=(others["time"] or [{}])[-1],

@@ -40,8 +40,8 @@ def sample(
         session = load(checkpoint, parse_mesh(""), "float32", step)
         tokenizer = session.need_tokenizer()
         ids = [tokenizer.encode_prompt(prompt) for prompt in prompts]
-        asked = [[{"role": "user", "content": question}] for question in questions]
-        ids += [encode_chat(tokenizer, messages, add_generation_prompt=True)[0] for messages in asked]
-        texts = complete(session, ids, max_new_tokens=MAX_NEW_TOKENS, sampling=SAMPLING)
-        answers[name] = [text.text for text in texts]
+        conversations = [[{"role": "user", "content": question}] for question in questions]
+        ids += [encode_chat(tokenizer, messages, add_generation_prompt=True)[0] for messages in conversations]
+        completions = complete(session, ids, max_new_tokens=MAX_NEW_TOKENS, sampling=SAMPLING)
+        answers[name] = [completion.text for completion in completions]
     return answers

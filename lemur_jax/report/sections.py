@@ -61,16 +61,16 @@ def _change(change: float) -> str:
 
 
 def goodput(runs: Sequence[Run]) -> str:
-    """The wall time of each run by what it went to, as a bar and as a table; "" if no run recorded it."""
+    """The wall time of each run by what it was spent on, as a bar and as a table; "" if no run recorded it."""
     timed = [run for run in runs if run.time.get("wall_seconds")]
-    every = dict.fromkeys(["steps", *PARTS, "other"])
-    parts = [part for part in every if any(_seconds(run, part) for run in timed)]
+    all_parts = dict.fromkeys(["steps", *PARTS, "other"])
+    parts = [part for part in all_parts if any(_seconds(run, part) for run in timed)]
     if not parts:
         return ""
     names = [_PART_NAMES.get(part, part) for part in parts]
     kinds = ["none" if part == "other" else f"c{index % 8 + 1}" for index, part in enumerate(parts)]
     shares = {run.name: [_seconds(run, part) / run.time["wall_seconds"] for part in parts] for run in timed}
-    texts = {name: [f"{share:.0%}" if share > 0.04 else "" for share in of] for name, of in shares.items()}
+    texts = {name: [f"{share:.0%}" if share > 0.04 else "" for share in row] for name, row in shares.items()}
     rows = []
     for run in timed:
         cells = [
@@ -94,15 +94,15 @@ def mixture(runs: Sequence[Run]) -> str:
     for run in runs:
         last = run.train[-1] if run.train else {}
         trained = {key.removeprefix("tokens/"): last[key] or 0 for key in last if key.startswith("tokens/")}
-        wanted = {source: run.option(f"data.sources.{source}.share") or 0 for source in trained}
+        shares = {source: run.option(f"data.sources.{source}.share") or 0 for source in trained}
         if sum(trained.values()) <= 0:
             continue
         staged = any(key.startswith("data.stages.") for key in run.config)
         for source, tokens in trained.items():
-            share = f"{wanted[source] / sum(wanted.values()):.2%}" if wanted[source] > 0 else "–"
-            seen = f"{tokens / sum(trained.values()):.2%}"
-            shown = "by stage" if staged else share
-            rows.append([escape(run.name), escape(source), compact(tokens), seen, shown])
+            share = f"{shares[source] / sum(shares.values()):.2%}" if shares[source] > 0 else "–"
+            trained_share = f"{tokens / sum(trained.values()):.2%}"
+            configured = "by stage" if staged else share
+            rows.append([escape(run.name), escape(source), compact(tokens), trained_share, configured])
     if not rows:
         return ""
     lead = "Target tokens trained on; a share is configured by all tokens of the rows."
@@ -126,11 +126,11 @@ def samples(prompts: Sequence[str], answers: Mapping[str, Sequence[str]]) -> str
     if not prompts:
         return ""
     blocks = ""
-    for number, prompt in enumerate(prompts):
+    for index, prompt in enumerate(prompts):
         texts = "".join(
             f'<div><h3>{escape(name)}</h3><pre><span class="soft">{escape(prompt)}</span>'
-            f"{escape(said[number])}</pre></div>"
-            for name, said in answers.items()
+            f"{escape(replies[index])}</pre></div>"
+            for name, replies in answers.items()
         )
         blocks += f'<div class="card sample">{texts}</div>'
     lead = "From the newest checkpoint; temperature 0.7, top-p 0.95, repetition penalty 1.2, fixed seeds."
@@ -141,13 +141,13 @@ def starts(runs: Sequence[Run]) -> str:
     """Commit, hosts, devices and versions of each run: of its first start, and of later ones that differ."""
     rows = []
     for run in runs:
-        known: tuple = ()
+        previous: tuple = ()
         for record in run.starts:
             facts = tuple(record.get(key) or "–" for key in ("commit", "host", "devices"))
             facts += (", ".join(record.get("versions", ())) or "–",)
-            if facts == known:
+            if facts == previous:
                 continue
-            known = facts
+            previous = facts
             row = [escape(run.name), _date(record.get("unix_seconds")), f"{record['step']:,}"]
             rows.append([*row, *map(escape, facts)])
     if not rows:

@@ -61,9 +61,9 @@ def bits_per_byte_table(workdirs: Sequence[epath.PathLike]) -> str:
     runs = with_start(read_runs(workdirs))
     cells = bits_per_byte_cells(runs)
     if not cells:
-        where = ", ".join(run.workdir for run in runs)
+        paths = ", ".join(run.workdir for run in runs)
         raise UserError(
-            f"no held-out evaluation in {where}: name tasks in config.eval.tasks and train to the end"
+            f"no held-out evaluation in {paths}: name tasks in config.eval.tasks and train to the end"
         )
     stages = ["", "stage", *(run.name for run in runs)]
     columns = [[f"{stage:<{max(map(len, stages))}}" for stage in stages]]

@@ -44,6 +44,6 @@ class RlConfig:
             require(getattr(self, key) >= 0, f"rl.{key}", getattr(self, key), "0 or more")
 
     def check_rows(self, rows: int) -> None:
-        """Raises UserError where `train.batch_rows` are no whole groups."""
-        must = f"a multiple of config.rl.group_size {self.group_size}"
-        require(rows % self.group_size == 0, "train.batch_rows", rows, must)
+        """Raises UserError if `train.batch_rows` is not a whole number of groups."""
+        rule = f"a multiple of config.rl.group_size {self.group_size}"
+        require(rows % self.group_size == 0, "train.batch_rows", rows, rule)

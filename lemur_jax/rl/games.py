@@ -8,7 +8,7 @@ from lemur_jax.agents.environments import Environment, Step
 from lemur_jax.agents.episodes import open_environments
 from lemur_jax.agents.mint_checks import evaluate
 
-SIDE, FARTHEST = 8, 3  # rooms along a side of the house, and moves of the longest way
+SIDE, FARTHEST = 8, 3  # rooms along a side of the house, and moves of the longest path
 MOVES = {"north": (0, -1), "south": (0, 1), "west": (-1, 0), "east": (1, 0)}
 HELD_OUT = 5  # every fifth task is held out
 
@@ -16,9 +16,9 @@ Room = tuple[int, int]
 
 
 class Lamp(Environment):
-    """A text game: go through a square house to the lamp, whose light shows a way, without a detour.
+    """A text game: go through a square house to the lamp, whose light shows the direction, without a detour.
 
-    The lamp gives 1, a move that comes nearer 0.1.
+    The reward is 1 at the lamp, and 0.1 for a move towards it.
     """
 
     def __init__(self, start: Room, lamp: Room):
@@ -42,11 +42,11 @@ class Lamp(Environment):
         move = MOVES.get(action.strip().lower())
         if move is None:
             return Step(observation="north, south, west or east?", verdict="no move")
-        before, (x, y) = self._way(self._room), self._room
+        offset, (x, y) = self._way(self._room), self._room
         self._room = min(max(x + move[0], 0), SIDE - 1), min(max(y + move[1], 0), SIDE - 1)
         if self._room == self._lamp:
             return Step(observation="lamp!", reward=1.0, verdict="passed")
-        nearer = sum(map(abs, self._way(self._room))) < sum(map(abs, before))
+        nearer = sum(map(abs, self._way(self._room))) < sum(map(abs, offset))
         return Step(observation=self._view(), reward=0.1 * nearer, verdict="wrong answer")
 
 
@@ -65,18 +65,18 @@ class Calculator(Environment):
         return f"compute {self._expression} (calc: EXPRESSION, or answer: NUMBER)"
 
     def step(self, action: str) -> Step:
-        word, _, text = action.strip().partition(":")
+        command, _, text = action.strip().partition(":")
         value = calculate(text)
-        number = text.strip().removeprefix("-").isdecimal()  # else the question would be its own answer
-        if value is None or not (word == "calc" or (word == "answer" and number)):
+        is_number = text.strip().removeprefix("-").isdecimal()  # else the expression would be its own answer
+        if value is None or not (command == "calc" or (command == "answer" and is_number)):
             return Step(observation="calc: EXPRESSION, or answer: NUMBER", verdict="no move")
-        if word == "calc":
+        if command == "calc":
             return Step(observation=str(value), role="user", verdict="wrong answer")
-        right = value == calculate(self._expression)
+        correct = value == calculate(self._expression)
         return Step(
-            observation="right" if right else "wrong",
-            reward=float(right),
-            verdict="passed" if right else "wrong answer",
+            observation="right" if correct else "wrong",
+            reward=float(correct),
+            verdict="passed" if correct else "wrong answer",
             done=True,
         )
 
@@ -96,18 +96,18 @@ def tasks(name: str, data: str = ".") -> tuple[Sequence[Environment], Sequence[E
     if name == "lamp":
         rooms = list(itertools.product(range(SIDE), repeat=2))
         games = itertools.starmap(Lamp, itertools.permutations(rooms, 2))
-        every: list[Environment] = [game for game in games if game.max_turns <= FARTHEST]
+        environments: list[Environment] = [game for game in games if game.max_turns <= FARTHEST]
     elif name == "calculator":
         rng = random.Random(0)
-        every = [
+        environments = [
             Calculator(f"{rng.randrange(100)} {rng.choice('+-*')} {rng.randrange(100)}") for _ in range(1000)
         ]
     elif name.startswith("verifiers:"):
         from lemur_jax.rl.verifiers_tasks import taskset_environments
 
-        every = taskset_environments(name.removeprefix("verifiers:"))
+        environments = taskset_environments(name.removeprefix("verifiers:"))
     else:
-        every = list(open_environments([name], data=data))
-    random.Random(0).shuffle(every)
-    unique = list({one.id: one for one in every}.values())
-    return [one for i, one in enumerate(unique) if i % HELD_OUT], unique[::HELD_OUT]
+        environments = list(open_environments([name], data=data))
+    random.Random(0).shuffle(environments)
+    unique = list({environment.id: environment for environment in environments}.values())
+    return [environment for i, environment in enumerate(unique) if i % HELD_OUT], unique[::HELD_OUT]

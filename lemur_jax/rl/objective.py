@@ -24,12 +24,12 @@ EPSILON = 1e-4  # added to the standard deviation, as TRL does
 
 
 def advantages(rewards: np.ndarray, valid: np.ndarray, algorithm: str) -> np.ndarray:
-    """float64 [G, N, ...] of rewards [G, N, ...]; those that are not valid take no part and get 0."""
+    """float64 [G, N, ...] of rewards [G, N, ...]; invalid ones are ignored and get 0."""
     count = valid.sum(1, keepdims=True)
-    kept = np.where(valid, rewards, 0.0)
-    mean = kept.sum(1, keepdims=True) / np.maximum(count, 1)
-    # Equal rewards and their mean differ by rounding, which Adam would make an update of.
-    centred = np.where(valid & ~np.isclose(kept, mean, rtol=1e-9, atol=1e-12), kept - mean, 0.0)
+    masked = np.where(valid, rewards, 0.0)
+    mean = masked.sum(1, keepdims=True) / np.maximum(count, 1)
+    # Equal rewards and their mean differ by rounding, which Adam would scale up to an update.
+    centred = np.where(valid & ~np.isclose(masked, mean, rtol=1e-9, atol=1e-12), masked - mean, 0.0)
     others = np.maximum(count - 1, 1)
     if algorithm == "rloo":
         return centred * count / others
@@ -39,7 +39,7 @@ def advantages(rewards: np.ndarray, valid: np.ndarray, algorithm: str) -> np.nda
 
 
 def importance_ratios(options: RlConfig, new: Any, old: Any, mask: Any) -> jax.Array:
-    """What is clipped: new over old probability of each token [B, T], or the geometric mean over a sequence [B, 1]."""
+    """Ratios to clip: new over old probability of each token [B, T], or the geometric mean over a sequence [B, 1]."""
     log_ratio = jnp.where(mask > 0, new - old, 0.0)
     if options.importance == "sequence":
         tokens = jnp.sum(mask, axis=-1, keepdims=True)
@@ -48,12 +48,12 @@ def importance_ratios(options: RlConfig, new: Any, old: Any, mask: Any) -> jax.A
 
 
 def row_losses(options: RlConfig, losses: jax.Array, mask: jax.Array) -> RowSums:
-    """Sums of losses [B, T] by row, and weights whose quotient over the whole batch is the algorithm's average."""
+    """Sums of losses [B, T] by row, and weights: over the batch, Σ loss / Σ weight is the algorithm's average."""
     tokens, total = jnp.sum(mask, axis=-1), jnp.sum(losses, axis=-1)
-    there = (tokens > 0).astype(jnp.float32)
+    nonempty = (tokens > 0).astype(jnp.float32)
     if options.algorithm == "grpo":
-        return RowSums(loss=total / jnp.maximum(tokens, 1.0), z=None, weight=there)
-    weight = tokens if options.algorithm == "dapo" else there * losses.shape[1]
+        return RowSums(loss=total / jnp.maximum(tokens, 1.0), z=None, weight=nonempty)
+    weight = tokens if options.algorithm == "dapo" else nonempty * losses.shape[1]
     return RowSums(loss=total, z=None, weight=weight)
 
 
@@ -73,7 +73,7 @@ def policy(options: RlConfig) -> Objective:
         losses = -jnp.minimum(ratio * scores, jnp.clip(ratio, low, high) * scores)
         gap = jnp.where(own, jnp.abs(new - old), 0.0)
         metrics = {
-            # Off-policy, the parameters differ too: `Rollouts` compares those of the same ones.
+            # Off-policy, the parameters differ too: `Rollouts` compares log-probabilities of the same ones.
             "policy_shift" if options.off_policy else "logprob_gap": (jnp.sum(gap), tokens),
             "clip_fraction": (jnp.sum(own & ((ratio < low) | (ratio > high))), tokens),
             "negative_logprob": (-jnp.sum(jnp.where(own, new, 0.0)), tokens),  # estimates the entropy

@@ -1,4 +1,4 @@
-"""`lemur plan --mode rl`: trainer and engine on one slice, in memory and in time.
+"""`lemur plan --mode rl`: memory and time of trainer and engine on one slice.
 
 It compiles the update with the policy objective, and prefill and decode of the engine. Every time is an estimate.
 """
@@ -12,7 +12,7 @@ from lemur_jax.infer.batching import LANES
 from lemur_jax.infer.engine import PROMPTS
 from lemur_jax.models.config import ComputeConfig
 from lemur_jax.parallel.mesh import make_mesh
-from lemur_jax.parallel.rules import batch_ways
+from lemur_jax.parallel.rules import batch_shards
 from lemur_jax.plan.compile import compile_program, device_bytes
 from lemur_jax.plan.generate import GeneratePlan, format_generate_plan, plan_generate
 from lemur_jax.plan.plan import GIB, Plan, estimate_cost, format_plan, program_plan
@@ -83,21 +83,21 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
         "optimizer": device_bytes(program.state.optimizer),
         "batch": device_bytes(program.batch),
     }
-    episodes, ways = config.train.batch_rows, batch_ways(mesh)
+    episodes, shards = config.train.batch_rows, batch_shards(mesh)
     update = program_plan(compiled, estimate_cost(compiled, tpu, mesh), tpu, mesh, sizes, episodes * length)
-    rows = engine_rows(episodes, ways)
+    rows = engine_rows(episodes, shards)
     engine = plan_generate(
         config.model, config.mesh, tpu, batch=rows, prompt_length=prompt_length, cache_length=length,
         dtype=config.compute.dtype,
     )  # fmt: skip
-    new = (length - prompt_length) // turns
-    prompts = _read_lengths(prompt_length, new, turns, kept=rows == episodes)
+    added = (length - prompt_length) // turns
+    prompts = _read_lengths(prompt_length, added, turns, keeps_row=rows == episodes)
     # The prompts of a group's first turn are read once.
     counts = [episodes // config.rl.group_size, *[episodes] * (turns - 1)]
     reads = list(zip(counts, prompts, strict=True))
-    at_once = min(rows, PROMPTS * ways)
-    chunks = sum(math.ceil(count / at_once) * math.ceil(size / LANES) for count, size in reads)
-    new_tokens = min(new, config.rl.max_new_tokens)
+    prefill_rows = min(rows, PROMPTS * shards)
+    chunks = sum(math.ceil(count / prefill_rows) * math.ceil(size / LANES) for count, size in reads)
+    new_tokens = min(added, config.rl.max_new_tokens)
     prefill, decode = engine.prefill.step_seconds, engine.decode.step_seconds
     sampling = _hbm_sampling(update, engine, config.compute, config.rl)
     return RlPlan(
@@ -105,28 +105,28 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
         engine=engine,
         episodes=episodes,
         rows=rows,
-        hbm_sampling=sampling + engine.decode.hbm["kv_cache"] * at_once // rows,
+        hbm_sampling=sampling + engine.decode.hbm["kv_cache"] * prefill_rows // rows,
         prompt_tokens=sum(count * size for count, size in reads),
         new_tokens=episodes * turns * new_tokens,
-        prefill_seconds=prefill and prefill * at_once / rows * chunks,
+        prefill_seconds=prefill and prefill * prefill_rows / rows * chunks,
         decode_seconds=decode and decode * math.ceil(episodes / rows) * turns * new_tokens,
     )
 
 
-def _read_lengths(first: int, new: int, turns: int, kept: bool) -> list[int]:
+def _read_lengths(initial: int, added: int, turns: int, keeps_row: bool) -> list[int]:
     """The number of tokens that prefill reads in each turn of an episode.
 
-    The prompt has `first` tokens in the first turn, and `new` more in each later one. If the episode keeps its row,
-    a later turn reads what follows the whole chunks of the prompt before.
+    The prompt has `initial` tokens in the first turn, and `added` more in each later one. If the episode keeps its row,
+    a later turn reads only what follows the whole chunks of the previous prompt.
     """
-    prompts = [first + turn * new for turn in range(turns)]
-    if not kept:
+    prompts = [initial + turn * added for turn in range(turns)]
+    if not keeps_row:
         return prompts
-    return [first, *(new + before - (before - 1) // LANES * LANES for before in prompts[:-1])]
+    return [initial, *(added + previous - (previous - 1) // LANES * LANES for previous in prompts[:-1])]
 
 
 def _hbm_sampling(update: Plan, engine: GeneratePlan, compute: ComputeConfig, options: RlConfig) -> int:
-    """Bytes a chip without the cache of prompts."""
+    """Bytes a chip while sampling, without the cache of prompts."""
     peak = max(phase.hbm_bytes_per_chip for phase in (engine.prefill, engine.decode))
     if options.off_policy:  # the update runs at the same time
         return peak + sum(update.hbm.values())

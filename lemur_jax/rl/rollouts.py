@@ -1,4 +1,4 @@
-"""Episodes of a policy as batches, and the updates by them: a function of (parameters, seed, step).
+"""Episodes of a policy as batches, and updates on them: a function of (parameters, seed, step).
 
 Axis legend: B episode (a row of the batch), T position.
 """
@@ -27,7 +27,7 @@ from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.session import make_session
 from lemur_jax.models import decoder
 from lemur_jax.parallel.adapted import is_adapted
-from lemur_jax.parallel.rules import batch_ways
+from lemur_jax.parallel.rules import batch_shards
 from lemur_jax.rl import games
 from lemur_jax.rl.config import RlConfig
 from lemur_jax.rl.episodes import Episode, Player, seed_of
@@ -38,13 +38,13 @@ from lemur_jax.train.state import TrainState
 from lemur_jax.train.step import Program
 
 logger = logging.getLogger(__name__)
-ENGINE_ROWS = 64  # most episodes in decode for each way in which the mesh shards rows
-GAP_ROWS = 8  # episodes for each of these ways whose log-probabilities are compared while off-policy
+ENGINE_ROWS = 64  # most episodes in decode, for each shard of rows on the mesh
+GAP_ROWS = 8  # episodes per shard whose log-probabilities are compared while off-policy
 STEPS_NAMED = 1000  # steps whose tasks are kept
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Played:
+class RolloutBatch:
     """The episodes of an update.
 
     Attributes:
@@ -64,7 +64,7 @@ class Played:
         return {"arrays": content, "figures": self.figures, "tasks": self.tasks}
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> "Played":
+    def from_json(cls, value: Mapping[str, Any]) -> "RolloutBatch":
         with np.load(io.BytesIO(base64.b64decode(value["arrays"]))) as arrays:
             return cls(arrays=dict(arrays), figures=value["figures"], tasks=value["tasks"])
 
@@ -88,7 +88,7 @@ class Rollouts:
     def __init__(self, options: RlConfig, tokenizer: Tokenizer, program: Program, *, seed: int, steps: int):
         if jax.process_count() > 1:
             raise UserError("lemur rl runs on one host: several would have to share what environments answer")
-        self.sources = (types.SimpleNamespace(name="episodes"),)  # the one of the batches, as metrics name it
+        self.sources = (types.SimpleNamespace(name="episodes"),)  # the one source of the batches, for metrics
         self.batch_rows, self.length = program.batch["tokens"].shape
         options.check_rows(self.batch_rows)
         self.options, self.seed, self.tokenizer, self.program = options, seed, tokenizer, program
@@ -102,10 +102,10 @@ class Rollouts:
         self._slots = min(self.length + 1, program.model.max_position_embeddings)
         self._player = Player(options, tokenizer, self._slots)
         self._engine: Engine | None = None
-        # (step, tasks of its batch) of the last steps: a bad one is known when `log.every_steps` have passed.
+        # (step, tasks of its batch) of the last steps: a bad one is noticed up to `log.every_steps` later.
         self._trained: collections.deque[tuple[int, list[str]]] = collections.deque(maxlen=STEPS_NAMED)
         self._thread = ThreadPoolExecutor(1, "rollouts")
-        self._ahead: Future[Played] | None = None  # the episodes of the next update
+        self._ahead: Future[RolloutBatch] | None = None  # the episodes of the next update
 
         def logprobs(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
             return token_logprobs(decoder.bind(program.model, program.compute, params), batch)
@@ -113,10 +113,12 @@ class Rollouts:
         self._logprobs = jax.jit(logprobs)
 
     def digests(self) -> dict[str, str]:
-        """Of the tasks, which are taken by number, and of what turns them into ids."""
+        """Digests of the tasks, which are taken by index, and of what turns them into ids."""
         tokenizer = self.tokenizer
         return {
-            "tasks": digest_of([[one.id, one.content] if one.content else one.id for one in self._tasks]),
+            "tasks": digest_of(
+                [[task.id, task.content] if task.content else task.id for task in self._tasks]
+            ),
             "chat template and tokenizer": digest_of([tokenizer.chat_template, tokenizer.digest]),
         }
 
@@ -126,7 +128,7 @@ class Rollouts:
         return list(dict.fromkeys(tasks[row] for row in rows)) if tasks else []
 
     def iterate(self, start_step: int, stop_step: int) -> Generator[tuple[int, Any], None, None]:
-        """Numbers of steps, twice: `update` makes the batch, which needs the parameters."""
+        """(step, step): the second stands for the batch, which `update` makes, as it needs the parameters."""
         yield from ((step, step) for step in range(start_step, stop_step))
 
     def update(self, step: int, state: TrainState) -> tuple[TrainState, dict[str, Any]]:
@@ -140,18 +142,18 @@ class Rollouts:
         with jax.transfer_guard("allow"):
             played = self._ahead.result() if self._ahead else self.play(step, params)
             batch = self._on_mesh(played.arrays)
-            following = self.options.off_policy and step + 1 < self.last_step
-            params = _copy(params, self.program.compute.dtype) if following else None
+            sample_ahead = self.options.off_policy and step + 1 < self.last_step
+            params = _copy(params, self.program.compute.dtype) if sample_ahead else None
         self._trained.append((step, played.tasks))
         state, metrics = self.program.step(state, batch)
-        # Only now: on every device, the programs of the engine come after the update.
-        self._ahead = self._thread.submit(self.play, step + 1, params) if following else None
+        # Only now, so that on every device the programs of the engine run after the update.
+        self._ahead = self._thread.submit(self.play, step + 1, params) if sample_ahead else None
         metrics |= {f"objective/{name}": np.float32(value) for name, value in played.figures.items()}
-        gap, most = float(jax.device_get(metrics["objective/logprob_gap"])), self.options.max_logprob_gap
-        if not gap <= most:
+        gap, limit = float(jax.device_get(metrics["objective/logprob_gap"])), self.options.max_logprob_gap
+        if not gap <= limit:
             raise UserError(
                 f"step {step + 1}: log-probabilities of the update and of sampling differ by {gap:.3g} nats a token,"
-                f" more than config.rl.max_logprob_gap {most:g}; the last checkpoint is intact"
+                f" more than config.rl.max_logprob_gap {limit:g}; the last checkpoint is intact"
             )
         return state, metrics
 
@@ -166,10 +168,10 @@ class Rollouts:
         self._ahead = None
         if pending and self.options.off_policy:
             self._ahead = Future()
-            self._ahead.set_result(Played.from_json(pending))
+            self._ahead.set_result(RolloutBatch.from_json(pending))
 
-    def play(self, step: int, params: Any) -> Played:
-        """The episodes of a step with these parameters, as of `Program.weights`.
+    def play(self, step: int, params: Any) -> RolloutBatch:
+        """The episodes of a step with these parameters, as from `Program.weights`.
 
         Raises:
           UserError: the environment failed in every episode.
@@ -179,35 +181,35 @@ class Rollouts:
             engine = self._with(params)
             figures = self._held_out_success(engine, step)
             episodes = self._groups(engine, step)
-            scored = self._advantages(episodes, step)
-            figures |= self._figures(episodes, scored, step)
-            arrays = self._arrays(episodes, scored)
+            scores = self._advantages(episodes, step)
+            figures |= self._figures(episodes, scores, step)
+            arrays = self._arrays(episodes, scores)
             engine.release()  # the update needs the memory of cache and cast parameters
             params, engine.session = engine.session.params, dataclasses.replace(engine.session, params=None)
             if self.options.off_policy:
                 figures["logprob_gap"] = self._gap(params, arrays)
             figures["sampling_seconds"] = time.perf_counter() - started
-        return Played(arrays=arrays, figures=figures, tasks=[one.environment.id for one in episodes])
+        return RolloutBatch(arrays=arrays, figures=figures, tasks=[one.environment.id for one in episodes])
 
     def _gap(self, params: Any, arrays: Mapping[str, np.ndarray]) -> float:
-        """Mean |difference| of log-probabilities of own tokens: while sampling, and in the training forward."""
-        rows = min(self.batch_rows, GAP_ROWS * batch_ways(self.program.mesh))
-        some = {name: array[:rows] for name, array in arrays.items()}
-        own = some["loss_weights"] > 0
-        found = np.asarray(self._logprobs(params, self._on_mesh(some)))
-        return _mean(np.abs(found - some["sampling_logprobs"])[own])
+        """Mean |difference| of the policy's log-probabilities between sampling and the training forward."""
+        rows = min(self.batch_rows, GAP_ROWS * batch_shards(self.program.mesh))
+        batch = {name: array[:rows] for name, array in arrays.items()}
+        own = batch["loss_weights"] > 0
+        logprobs = np.asarray(self._logprobs(params, self._on_mesh(batch)))
+        return _mean(np.abs(logprobs - batch["sampling_logprobs"])[own])
 
     def _held_out_success(self, engine: Engine, step: int) -> dict[str, float]:
         period = self.options.eval_every_steps
         if not period or (step % period and step + 1 != self.last_step):
             return {}
         held_out = self._held_out[: self.options.eval_tasks]
-        played = [Episode(environment=copy.copy(one), seed=0) for one in held_out]
-        self._player.play(engine, played, Sampling())
-        solved = [one.solved for one in played if one.valid]
+        episodes = [Episode(environment=copy.copy(one), seed=0) for one in held_out]
+        self._player.play(engine, episodes, Sampling())
+        solved = [one.solved for one in episodes if one.valid]
         return {"held_out_success": _mean(solved)} if solved else {}
 
-    def _figures(self, episodes: Sequence[Episode], scored: np.ndarray, step: int) -> dict[str, float]:
+    def _figures(self, episodes: Sequence[Episode], scores: np.ndarray, step: int) -> dict[str, float]:
         ends = collections.Counter(one.end for one in episodes)
         if ends["failed"] == len(episodes):
             raise UserError(f"step {step + 1}: the environment failed in every episode: {episodes[0].error}")
@@ -215,7 +217,7 @@ class Rollouts:
         if not valid:
             text = "step %d changes nothing: no task leaves room for an answer in config.data.sequence_length"
             logger.warning(text, step + 1)
-        groups = scored.reshape(len(episodes) // self.options.group_size, -1)
+        groups = scores.reshape(len(episodes) // self.options.group_size, -1)
         return {
             "reward": _mean([sum(one.rewards) for one in valid]),
             "success": _mean([one.solved for one in valid]),
@@ -231,7 +233,7 @@ class Rollouts:
             program.model, params, program.mesh, program.compute.dtype, tokenizer=self.tokenizer
         )
         if not self._engine:
-            rows = engine_rows(self.batch_rows, batch_ways(program.mesh))
+            rows = engine_rows(self.batch_rows, batch_shards(program.mesh))
             self._engine = Engine(session, rows, 1 << 30, self._slots)
         self._engine.session = session
         return self._engine
@@ -239,70 +241,70 @@ class Rollouts:
     def _groups(self, engine: Engine, step: int) -> list[Episode]:
         """Episodes of all groups; those whose rewards are equal are replaced while there are rounds left."""
         options, members = self.options, range(self.options.group_size)
-        wanted = self.batch_rows // len(members)
-        kept: list[list[Episode]] = []
-        for number in range(options.max_rounds):
-            keys = [(self.seed, step, number, group) for group in range(wanted - len(kept))]
+        num_groups = self.batch_rows // len(members)
+        accepted: list[list[Episode]] = []
+        for round_index in range(options.max_rounds):
+            keys = [(self.seed, step, round_index, group) for group in range(num_groups - len(accepted))]
             tasks = [self._tasks[seed_of(*key) % len(self._tasks)] for key in keys]
             groups = [
                 [Episode(environment=copy.copy(task), seed=seed_of(*key, n)) for n in members]
                 for key, task in zip(keys, tasks, strict=True)
             ]
             self._player.play(engine, [one for group in groups for one in group], Sampling(temperature=1.0))
-            last = number + 1 == options.max_rounds
-            kept += [group for group in groups if last or self._advantages(group, step).any()]
-            if len(kept) == wanted:
+            is_last = round_index + 1 == options.max_rounds
+            accepted += [group for group in groups if is_last or self._advantages(group, step).any()]
+            if len(accepted) == num_groups:
                 break
-        return [one for group in kept for one in group]
+        return [one for group in accepted for one in group]
 
     def _advantages(self, episodes: Sequence[Episode], step: int) -> np.ndarray:
         """The advantage of each turn of each episode [B, turns]."""
         options, turns = self.options, max(1, *(len(one.rewards) for one in episodes))
         rewards = np.zeros((len(episodes), turns))
-        there = np.zeros((len(episodes), turns), bool)
+        mask = np.zeros((len(episodes), turns), bool)
         for row, one in enumerate(episodes):
             if one.valid:
-                rewards[row, : len(one.rewards)], there[row, : len(one.rewards)] = one.rewards, True
+                rewards[row, : len(one.rewards)], mask[row, : len(one.rewards)] = one.rewards, True
         if options.shuffle_rewards:
             order = np.random.default_rng(seed_of(self.seed, step)).permutation(len(episodes))
             rewards = np.where(
-                there, rewards.sum(1)[order][:, None] / np.maximum(there.sum(1, keepdims=True), 1), 0
+                mask, rewards.sum(1)[order][:, None] / np.maximum(mask.sum(1, keepdims=True), 1), 0
             )
         returns = np.flip(np.cumsum(np.flip(rewards, 1), 1), 1)
         if options.rewards == "episode":
             returns = np.broadcast_to(returns[:, :1], returns.shape)
-            there = np.broadcast_to(there[:, :1], there.shape)
+            mask = np.broadcast_to(mask[:, :1], mask.shape)
         shape = (-1, options.group_size, turns)
-        return advantages(returns.reshape(shape), there.reshape(shape), options.algorithm).reshape(-1, turns)
+        return advantages(returns.reshape(shape), mask.reshape(shape), options.algorithm).reshape(-1, turns)
 
-    def _arrays(self, episodes: Sequence[Episode], scored: np.ndarray) -> dict[str, np.ndarray]:
+    def _arrays(self, episodes: Sequence[Episode], scores: np.ndarray) -> dict[str, np.ndarray]:
         """The batch; the target at position t is the episode's id t + 1."""
         batch = {name: np.zeros(array.shape, array.dtype) for name, array in self.program.batch.items()}
-        for row, (one, score) in enumerate(zip(episodes, scored, strict=True)):
-            count = len(one.ids) - 1
-            if not one.valid:
+        for row, (episode, score) in enumerate(zip(episodes, scores, strict=True)):
+            count = len(episode.ids) - 1
+            if not episode.valid:
                 continue  # the environment failed, or the task does not fit
-            turns, logprobs = np.array(one.turns[1:]), np.array(one.logprobs[1:])
+            turns, logprobs = np.array(episode.turns[1:]), np.array(episode.logprobs[1:])
             own = turns >= 0
-            batch["tokens"][row, :count], batch["targets"][row, :count] = one.ids[:-1], one.ids[1:]
+            batch["tokens"][row, :count], batch["targets"][row, :count] = episode.ids[:-1], episode.ids[1:]
             batch["segment_ids"][row, :count], batch["positions"][row, :count] = 1, np.arange(count)
-            trains = not (self.options.mask_truncated and one.end == "cut")
+            trains = not (self.options.mask_truncated and episode.end == "cut")
             batch["loss_weights"][row, :count] = own & trains
             batch["sampling_logprobs"][row, :count] = np.where(own, logprobs, 0)
             batch["advantages"][row, :count] = np.where(own, score[np.maximum(turns, 0)], 0)
         return batch
 
     def _on_mesh(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        places = self.program.batch
+        abstract = self.program.batch
         return {
-            name: jax.make_array_from_callback(array.shape, places[name].sharding, array.__getitem__)
+            name: jax.make_array_from_callback(array.shape, abstract[name].sharding, array.__getitem__)
             for name, array in batch.items()
         }
 
 
 @functools.partial(jax.jit, static_argnames="dtype")
 def _copy(params: Any, dtype: Any) -> Any:
-    """What the engine would read of the parameters, in arrays of its own: the update donates those of the state."""
+    """A copy of the parameters as the engine reads them: the update donates the arrays of the state."""
     adapted = is_adapted(params)
     return jax.tree.map(lambda x: jnp.copy(x) if adapted else jnp.copy(x).astype(dtype), params)
 

@@ -16,20 +16,22 @@ from lemur_jax.train.inputs import Inputs
 
 def open_inputs(config: RunConfig, build: Any = step.build) -> Inputs:
     """Tokenizer, program and environments: the `open_inputs` of `train.loop.train`; UserError as `Rollouts.update`."""
-    of_training = {
+    ignored = {
         "adapter.dropout": config.adapter.dropout,
         "preference.loss": config.preference.loss,
         "eval.tasks": config.eval.tasks,
-        # From counts of conversations they would set rows and updates.
+        # They would set rows and updates from counts of conversations.
         "train.batch_documents": config.train.batch_documents,
         "data.sources.NAME.epochs": config.data.by_epochs,
     }
-    if named := [name for name, value in of_training.items() if value]:
-        raise UserError(f"lemur rl does not use config.{', config.'.join(named)}: unset those of lemur train")
+    if keys := [name for name, value in ignored.items() if value]:
+        raise UserError(f"lemur rl does not use config.{', config.'.join(keys)}: unset those of lemur train")
     mesh = make_mesh(config.mesh)
     tokenizer = Tokenizer.from_config(config.tokenizer)
     chat_template(tokenizer)  # raises where there is none, before weights are read
-    teacher = step.distilled(config.distill)  # on the policy's own tokens; rewards are then figures alone
+    teacher = step.distillation_objective(
+        config.distill
+    )  # on the policy's own tokens; rewards are then only metrics
     objective = dataclasses.replace(teacher, arrays=ARRAYS) if teacher else policy(config.rl)
     program = build(config, mesh, num_sources=1, objective=objective)
     rollouts = Rollouts(config.rl, tokenizer, program, seed=config.seed, steps=config.train.steps)

@@ -44,7 +44,7 @@ class TasksetServer:
 
 
 class TasksetEnvironment(Environment):
-    """A task; the copy that is played is asked under a name of its own."""
+    """A task; each copy that is played has its own model name at the endpoint."""
 
     def __init__(self, server: TasksetServer, id: str, task: vf.Task):
         self.id, self._server, self._task = id, server, task
@@ -79,8 +79,8 @@ class TasksetEnvironment(Environment):
         event = self._events.get()
         if not isinstance(event, Future):
             roles = [message["role"] for message in event]
-            new = event[max((at + 1 for at, role in enumerate(roles) if role == "assistant"), default=0) :]
-            return Step(observation="\n".join(_text(one["content"]) for one in new), verdict="unfinished")
+            unread = event[max((i + 1 for i, role in enumerate(roles) if role == "assistant"), default=0) :]
+            return Step(observation="\n".join(_text(one["content"]) for one in unread), verdict="unfinished")
         episode = event.result()
         for error in [*episode.errors, *(error for trace in episode.traces for error in trace.errors)]:
             raise RuntimeError(f"{error.type}: {error.message}")
@@ -98,8 +98,8 @@ def _handler(tasks: TasksetServer) -> type[http.server.BaseHTTPRequestHandler]:
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            asking = tasks.playing.get(body["model"])
-            text = asking.asked(body["messages"]) if asking else None
+            environment = tasks.playing.get(body["model"])
+            text = environment.asked(body["messages"]) if environment else None
             choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
             reply = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"]}
             self.send_response(410 if text is None else 200)
@@ -117,7 +117,7 @@ def taskset_environments(name: str) -> list[Environment]:
     """The tasks of a taskset.
 
     Raises:
-      UserError: there is no such taskset, or it has no end.
+      UserError: there is no such taskset, or it is infinite.
     """
     server = TasksetServer(name)
     return [TasksetEnvironment(server, id, one) for id, one in tasks_by_id(name, server.env.taskset).items()]

@@ -114,12 +114,12 @@ def read_bits(
         for record in read_metrics(directory)
         if record.get("kind") == "eval" and step in (None, record["step"])
     }
-    if missing := [task for of in groups.values() for task in of if not tasks.get(task)]:
+    if missing := [task for group in groups.values() for task in group if not tasks.get(task)]:
         where = "" if step is None else f" at step {step}"
         raise UserError(
             f"{directory} has no held-out figure of {missing[0]}{where}: delete it to train it again"
         )
-    return {name: statistics.geometric_mean(tasks[task] for task in of) for name, of in groups.items()}
+    return {name: statistics.geometric_mean(tasks[task] for task in group) for name, group in groups.items()}
 
 
 def check_same_start(
@@ -127,16 +127,16 @@ def check_same_start(
 ) -> None:
     """UserError: two runs differ in their held-out figures before the first step, beyond rounding.
 
-    Their base, a run that has gone on since, the text that is scored or its precision was not the same.
+    Their base (a run that has continued since), the text that is scored or its precision was not the same.
     """
-    before = {record["task"]: record for record in others if _is_start(record)}
+    starts = {record["task"]: record for record in others if _is_start(record)}
     for record in filter(_is_start, records):
         text, bits = (record.get(key) for key in ("bytes", "bits_per_byte"))
-        began = before.get(record["task"], record)
-        if text != began.get("bytes") or not math.isclose(bits, began["bits_per_byte"], rel_tol=_SAME):
+        start = starts.get(record["task"], record)
+        if text != start.get("bytes") or not math.isclose(bits, start["bits_per_byte"], rel_tol=_SAME):
             raise UserError(
                 f"{place} has {bits:.4f} bits per byte of {record['task']} before training ({text} bytes), {other}"
-                f" {began['bits_per_byte']:.4f} ({began.get('bytes')} bytes): config.init.checkpoint, the text or"
+                f" {start['bits_per_byte']:.4f} ({start.get('bytes')} bytes): config.init.checkpoint, the text or"
                 " config.compute has changed between them; put back what was there, or sweep in a new --workdir"
             )
 
@@ -150,18 +150,18 @@ def read_points(
 ) -> list[Point]:
     """The points of a sweep; `groups` are held-out tasks by group.
 
-    With a constant learning rate after warmup, an evaluation on the way is that of a shorter run and counts too;
+    With a constant learning rate after warmup, an intermediate evaluation is that of a shorter run and counts too;
     otherwise only the last one of each run.
     """
-    found: dict[tuple[str, int], list[dict[str, float]]] = {}
+    by_point: dict[tuple[str, int], list[dict[str, float]]] = {}
     for run, config in runs.items():
         directory, optimizer = run.directory(workdir), config.optimizer
         steps = {record["step"] for record in read_metrics(directory) if record.get("kind") == "eval"}
         constant = optimizer.final_learning_rate == optimizer.learning_rate
-        kept = {step for step in steps if step > optimizer.warmup_steps} if constant else {max(steps)}
-        for step in kept:
+        used = {step for step in steps if step > optimizer.warmup_steps} if constant else {max(steps)}
+        for step in used:
             tokens = step * config.train.batch_rows * config.data.sequence_length
-            found.setdefault((run.ratio, tokens), []).append(read_bits(directory, groups, step))
+            by_point.setdefault((run.ratio, tokens), []).append(read_bits(directory, groups, step))
     return [
         Point(
             ratio=ratio,
@@ -169,7 +169,7 @@ def read_points(
             tokens=tokens,
             bits={group: statistics.fmean(one[group] for one in seeds) for group in seeds[0]},
         )
-        for (ratio, tokens), seeds in sorted(found.items(), key=lambda item: item[0][1])
+        for (ratio, tokens), seeds in sorted(by_point.items(), key=lambda item: item[0][1])
     ]
 
 
@@ -202,14 +202,14 @@ def _fit(base: float, points: Sequence[Point], group: str, part: int) -> Law:
     tokens = np.array([point.tokens for point in points], float)
     share = np.array([point.shares[part] for point in points])
     target = np.log([point.bits[group] / base for point in points])
-    found = []
+    laws = []
     for scale in _SCALES * tokens.max():
         features = np.stack([np.log1p(tokens / scale), -np.log1p(share * tokens / scale)], axis=1)
         (drift, gain), *_ = np.linalg.lstsq(features, target, rcond=None)
         error = float(np.sqrt(np.mean((features @ (drift, gain) - target) ** 2)))
         law = Law(base=base, part=part, scale=float(scale), drift=float(drift), gain=float(gain), error=error)
-        found.append(law)
-    return min(found, key=lambda law: law.error)
+        laws.append(law)
+    return min(laws, key=lambda law: law.error)
 
 
 def law_rows(laws: Laws) -> list[list[str]]:

@@ -54,7 +54,7 @@ class Merge:
 
     @property
     def name(self) -> str:
-        """Of its directory."""
+        """The name of its directory."""
         return f"{self.kind}-{self.weight:g}_{'+'.join(part.name for part in self.parts)}"
 
     def directory(self, workdir: epath.PathLike) -> epath.Path:
@@ -67,11 +67,11 @@ def plan_merges(merges: Sequence[str], runs: Sequence[SweepRun]) -> list[Merge]:
 
     Raises UserError for a text of another form, or arithmetic without two runs of one part of the data each.
     """
-    found = []
+    models = []
     for text in merges:
         kind, weight = _parse(text)
         if kind == "linear":
-            found += [Merge(kind=kind, weight=weight, parts=(run,)) for run in runs]
+            models += [Merge(kind=kind, weight=weight, parts=(run,)) for run in runs]
             continue
         by_settings = collections.defaultdict(list)
         for run in runs:
@@ -82,8 +82,8 @@ def plan_merges(merges: Sequence[str], runs: Sequence[SweepRun]) -> list[Merge]:
             raise UserError(
                 f"--merge {text} adds up runs of one part of the data each: sweep two such ratios, e.g. 1:0,0:1"
             )
-        found += [Merge(kind=kind, weight=weight, parts=group) for group in groups]
-    return list(dict.fromkeys(found))  # one that is named twice would count as more seeds
+        models += [Merge(kind=kind, weight=weight, parts=group) for group in groups]
+    return list(dict.fromkeys(models))  # one that is named twice would count as more seeds
 
 
 def _parse(text: str) -> tuple[str, float]:
@@ -113,7 +113,7 @@ def evaluate_all(
     workdir: epath.PathLike,
     build: Callable[..., Program],
 ) -> None:
-    """Scores the merged models that have no figures yet of these runs, as the runs were scored at their end.
+    """Scores the merged models without figures of these runs, as the runs were scored at their end.
 
     Raises UserError where `config.init.checkpoint` is not what the runs began with, as of a base that was made again.
     """
@@ -121,8 +121,8 @@ def evaluate_all(
         directory, first = merge.directory(workdir), merge.parts[0].directory(workdir)
         parts = [read_metadata(part.directory(workdir))["leaves"]["params"] for part in merge.parts]
         weights = [{name: leaf.digest for name, leaf in leaves.items()} for leaves in parts]
-        made_of = {"step": 0, "kind": "merge", "weights": digest_of(weights)}
-        if (directory / METRICS_FILE).exists() and made_of in read_metrics(directory):
+        provenance = {"step": 0, "kind": "merge", "weights": digest_of(weights)}
+        if (directory / METRICS_FILE).exists() and provenance in read_metrics(directory):
             continue
         logger.info("merge %d of %d: %s, seed %d", number, len(merges), merge.variant, merge.seed)
         config = configs[merge.parts[0]]
@@ -131,17 +131,17 @@ def evaluate_all(
         origins = read_metadata(first).get("origins", {})
         base = initial_params(config.init, config.seed, tokenizer, program, origins)
         held_out = open_held_out(config.data, config.eval, tokenizer)
-        rows, before = config.train.microbatch_rows, read_metrics(first)
-        again = evaluate(program, base, held_out[0], config.eval.batch_rows or rows, config.eval.max_rows)
-        assert again  # nothing stops it
-        check_same_start([{"step": 0, "kind": "eval", **again}], before, config.init.checkpoint, first)
+        rows, records = config.train.microbatch_rows, read_metrics(first)
+        scores = evaluate(program, base, held_out[0], config.eval.batch_rows or rows, config.eval.max_rows)
+        assert scores  # nothing stops it
+        check_same_start([{"step": 0, "kind": "eval", **scores}], records, config.init.checkpoint, first)
         trained = (restore_params(part.directory(workdir), program.state.params) for part in merge.parts)
         with MetricsWriter(directory) as writer:
             writer.truncate_after(-1)
-            history = RunHistory(writer=writer, records=before)
+            history = RunHistory(writer=writer, records=records)
             steps = EvaluationSteps(
                 options=config.eval, checkpoint=config.checkpoint, init=config.init, last=config.train.steps
             )
             params = merged(base, trained, merge.weight)
             Evaluations(program, rows, steps, held_out, history).score(params, config.train.steps)
-            writer.write(made_of)  # last: a merge without it is scored again
+            writer.write(provenance)  # last: a merge without it is scored again

@@ -90,14 +90,14 @@ def read_results(
     runs: Mapping[SweepRun, RunConfig], merges: Sequence[Merge], workdir: epath.PathLike
 ) -> Results:
     """The figures of finished runs and merges; UserError if one has no score of its start or end, or another start."""
-    first, config = next(iter(runs.items()))
-    alike: dict[Any, epath.Path] = {}
+    first_run, config = next(iter(runs.items()))
+    reference: dict[Any, epath.Path] = {}
     for run in runs:
-        place = run.directory(workdir)
-        other = alike.setdefault(run.settings, place)
-        check_same_start(read_metrics(place), read_metrics(other), place, other)
+        run_directory = run.directory(workdir)
+        other = reference.setdefault(run.settings, run_directory)
+        check_same_start(read_metrics(run_directory), read_metrics(other), run_directory, other)
     groups = config.eval.task_groups
-    base = read_bits(first.directory(workdir), groups, 0)
+    base = read_bits(first_run.directory(workdir), groups, 0)
     variants: dict[str, list[tuple[SweepRun | Merge, dict[str, float], float]]] = {}
     items: list[SweepRun | Merge] = [*runs, *merges]
     for item in items:
@@ -107,12 +107,12 @@ def read_results(
     summaries = tuple(
         Variant(
             name=name,
-            merged=isinstance(of[0][0], Merge),
-            seeds=tuple(item.seed for item, _, _ in of),
-            bits={group: tuple(bits[group] for _, bits, _ in of) for group in groups},
-            balance=tuple(score for _, _, score in of),
+            merged=isinstance(members[0][0], Merge),
+            seeds=tuple(item.seed for item, _, _ in members),
+            bits={group: tuple(bits[group] for _, bits, _ in members) for group in groups},
+            balance=tuple(score for _, _, score in members),
         )
-        for name, of in variants.items()
+        for name, members in variants.items()
     )
     steps = {one.train.steps for one in runs.values()}
     tokens = {one.train.steps * one.train.batch_rows * one.data.sequence_length for one in runs.values()}
@@ -120,7 +120,7 @@ def read_results(
     # Another key changes more than the law knows, and so do the shares of a stage.
     if not config.data.stages and all(key == "train.steps" for run in runs for key, _ in run.settings):
         points = read_points(runs, workdir, groups)
-        # Groups have no order of their own; the one of the first task is that of the first part of a ratio.
+        # Groups are not ordered; that of the first task is the group of the first part of a ratio.
         named = [name for name in groups if config.eval.tasks[0] in groups[name]] or list(groups)
         laws = fit_laws(base, points, named[0])
     return Results(
@@ -153,7 +153,7 @@ def table_rows(results: Results) -> list[list[str]]:
     groups = results.groups
     bits, changes = ([f"{group}, {what}" for group in groups] for what in ("bits/byte", "change"))
     base = [f"{results.base[group]:.4f}" for group in groups]
-    found = [
+    rows = [
         ["mixture", "seeds", *bits, *changes, "balance", "Pareto"],
         ["base", "", *base, *[""] * (len(groups) + 2)],
     ]
@@ -163,8 +163,8 @@ def table_rows(results: Results) -> list[list[str]]:
         changes = [f"{variant.mean(group) / results.base[group] - 1:+.1%}" for group in groups]
         score = f"{statistics.fmean(variant.balance):+.2%} ± {spread(variant.balance):.2%}"
         on_front = "yes" if variant in front else ""
-        found.append([variant.name, str(len(variant.seeds)), *means, *changes, score, on_front])
-    return found
+        rows.append([variant.name, str(len(variant.seeds)), *means, *changes, score, on_front])
+    return rows
 
 
 def summary(results: Results) -> str:

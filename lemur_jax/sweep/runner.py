@@ -74,17 +74,17 @@ def sweep(
             f" values. The first: {failed[0]}"
         )
     merging.evaluate_all(merges, runs, workdir, build)
-    found = results.read_results(runs, merges, workdir)
-    written = {"results.json": json.dumps(results.to_json(found), indent=1) + "\n"}
-    for name, text in (written | pareto.result_files(found, command)).items():
+    figures = results.read_results(runs, merges, workdir)
+    files = {"results.json": json.dumps(results.to_json(figures), indent=1) + "\n"}
+    for name, text in (files | pareto.result_files(figures, command)).items():
         (epath.Path(workdir) / name).write_text(text)
-    return found
+    return figures
 
 
 def building_once() -> Callable[..., step.Program]:
-    """`train.step.build` that gives the same program again for a config that differs in nothing compiled.
+    """`train.step.build` with a cache: configs that differ in nothing compiled share a program.
 
-    Its jitted functions keep what they have compiled, so only the first of such runs waits for XLA.
+    Its jitted functions keep what they have compiled, so only the first of these runs waits for XLA.
     """
     programs: dict[str, step.Program] = {}
 

@@ -11,7 +11,7 @@ from etils import epath
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig, load
 
-# Keys on which the held-out figures of the base depend, with which those of all runs are compared.
+# Keys that change the held-out figures of the base, with which those of all runs are compared.
 _OF_THE_BASE = (
     "adapter.checkpoint",
     "data.sequence_length",
@@ -43,7 +43,7 @@ class SweepRun:
 
     @property
     def name(self) -> str:
-        """Of its workdir."""
+        """The name of its workdir."""
         words = [self.ratio.replace(":", "-"), *(f"{key}-{value}" for key, value in self.settings)]
         return "_".join([*words, f"seed-{self.seed}"]).replace("/", "-")
 
@@ -81,9 +81,9 @@ def source_parts(have: Iterable[str], tasks: Sequence[str], sources: str = "") -
     parts = [tuple(part.split("&")) for part in order.split(",")]
     names = [name for part in parts for name in part]
     if sorted(names) != sorted(have):
-        wanted = f"--sources {sources!r}" if sources else "the ratios have no order: --sources"
+        option = f"--sources {sources!r}" if sources else "the ratios have no order: --sources"
         raise UserError(
-            f"{wanted} must name each of {', '.join(sorted(have))} once, e.g. code,text or python&java,text"
+            f"{option} must name each of {', '.join(sorted(have))} once, e.g. code,text or python&java,text"
         )
     return parts
 
@@ -116,12 +116,12 @@ def plan_runs(
     shares = {name: source.share for name, source in config.data.sources.items()}
     ratios = list(ratios) or [":".join(f"{sum(shares[name] for name in part):g}" for part in parts)]
     if seeds < 1:
-        raise UserError(f"--seeds is {seeds}: it must be 1 at least")
+        raise UserError(f"--seeds is {seeds}: it must be at least 1")
     for ratio in ratios:
         if len(parse_ratio(ratio)) != len(parts):
-            named = ", ".join("&".join(part) for part in parts)
+            parts_text = ", ".join("&".join(part) for part in parts)
             raise UserError(
-                f"the ratio {ratio!r} has {len(parse_ratio(ratio))} parts, the sources have {len(parts)}: {named}"
+                f"the ratio {ratio!r} has {len(parse_ratio(ratio))} parts, the sources have {len(parts)}: {parts_text}"
             )
     _check_varied([key for key, _ in varied])
     axes = [[(key, value) for value in values] for key, values in varied]
@@ -134,8 +134,8 @@ def plan_runs(
         ]
         overrides += [f"--config.{key}={value}" for key, value in settings]
         for seed in range(config.seed, config.seed + seeds):
-            every = (*overrides, f"--config.seed={seed}")
-            runs.append(SweepRun(ratio=ratio, settings=settings, seed=seed, overrides=every))
+            all_overrides = (*overrides, f"--config.seed={seed}")
+            runs.append(SweepRun(ratio=ratio, settings=settings, seed=seed, overrides=all_overrides))
     if len({run.name for run in runs}) < len(runs) or len(set(map(shares_of, ratios))) < len(ratios):
         raise UserError("the sweep has a run twice: name every ratio (2:2 is 1:1) and every value once")
     return runs
@@ -147,9 +147,9 @@ def _key(name: str) -> str:
 
 
 def _divided(total: float, part: Sequence[str], shares: Mapping[str, float]) -> dict[str, float]:
-    """`total` among the sources of a part as the config divides it, or evenly where it gives them nothing."""
-    own = sum(shares[name] for name in part)
-    return {name: total * shares[name] / own if own else total / len(part) for name in part}
+    """Divides `total` among the sources of a part as the config does, or evenly if it gives them no share."""
+    weight = sum(shares[name] for name in part)
+    return {name: total * shares[name] / weight if weight else total / len(part) for name in part}
 
 
 def _check_varied(keys: Sequence[str]) -> None:

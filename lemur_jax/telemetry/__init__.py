@@ -1,1 +1,1 @@
-"""How a run is: the metrics file, progress in the terminal, model FLOPs and MFU. No JAX at import."""
+"""Monitoring of a run: the metrics file, progress in the terminal, model FLOPs and MFU. No JAX at import."""

@@ -42,12 +42,12 @@ def flops_per_token(
     full = sum(bool(config.attends_fully(layer)) for layer in range(L)) / L
     keys = full * _keys(sequence_length, sequence_length, causal)
     keys += (1 - full) * _keys(sequence_length, config.sliding_window, causal)
-    each = 2.0 * (3 if backward else 1)  # a multiplication and an addition, in one or three passes
+    factor = 2.0 * (3 if backward else 1)  # a multiplication and an addition, in one or three passes
     return TokenFlops(
-        projections=each * L * config.hidden_size * (2 * H + 2 * K) * N,
-        attention=each * L * 2 * H * N * keys,
-        mlp=each * L * config.hidden_size * (3 * config.active_mlp_width + config.num_experts),
-        head=each * config.vocab_size * config.hidden_size,
+        projections=factor * L * config.hidden_size * (2 * H + 2 * K) * N,
+        attention=factor * L * 2 * H * N * keys,
+        mlp=factor * L * config.hidden_size * (3 * config.active_mlp_width + config.num_experts),
+        head=factor * config.vocab_size * config.hidden_size,
     )
 
 
@@ -80,7 +80,7 @@ class Chip:
         return self.bf16_flops / self.devices
 
 
-# By the beginning of `jax.Device.device_kind`; of several that fit, the longest counts. TPU kinds are those of libtpu's
+# By prefix of `jax.Device.device_kind`; the longest that matches counts. TPU kinds are those of libtpu's
 # topologies. Peaks: https://cloud.google.com/tpu/docs/v4 (v5e, v5p, v6e, tpu7x) and
 # https://www.nvidia.com/en-us/data-center/a100/ (h100, h200); NVIDIA publishes Hopper's with 2:4 sparsity: halved here.
 CHIPS: dict[str, Chip] = {
@@ -106,8 +106,8 @@ def chip(device_kind: str) -> Chip | None:
     """The chip behind a `jax.Device.device_kind`; None if it is not in the table (a CPU, a MIG slice)."""
     if any(other in device_kind for other in _OTHERS):
         return None
-    known = [start for start in CHIPS if device_kind.startswith(start)]
-    return CHIPS[max(known, key=len)] if known else None
+    prefixes = [start for start in CHIPS if device_kind.startswith(start)]
+    return CHIPS[max(prefixes, key=len)] if prefixes else None
 
 
 def mfu(tokens_per_second: float, token_flops: float, peak_flops: float) -> float:

@@ -21,7 +21,7 @@ def earlier_time(workdir: epath.PathLike, step: int, began: float) -> dict[str, 
     file = epath.Path(workdir) / METRICS_FILE
     if not file.exists():
         return {}
-    alive = file.stat().mtime
+    last_write = file.stat().mtime
     times = [
         record for record in read_metrics(workdir) if record.get("kind") == "time" and record["step"] <= step
     ]
@@ -30,21 +30,21 @@ def earlier_time(workdir: epath.PathLike, step: int, began: float) -> dict[str, 
     last = times[-1]
     spent = collections.Counter({part: last.get(f"{part}_seconds", 0.0) for part in PARTS})
     # The clock may have been set back in between.
-    lost = max(0.0, alive - last["unix_seconds"])
-    down = max(0.0, began - max(alive, last["unix_seconds"]))
+    lost = max(0.0, last_write - last["unix_seconds"])
+    down = max(0.0, began - max(last_write, last["unix_seconds"]))
     spent.update(lost=lost, down=down)
     return {**spent, "wall": last["wall_seconds"] + lost + down}
 
 
 def time_record(spent: Mapping[str, float], wall: float) -> Record:
     """The seconds of each part, and those since the first start (`wall`), as a record of kind `time`."""
-    known = {part: spent.get(part, 0.0) for part in PARTS}
-    other = max(0.0, wall - sum(known.values()))
-    parts = {f"{part}_seconds": seconds for part, seconds in {**known, "other": other}.items()}
+    by_part = {part: spent.get(part, 0.0) for part in PARTS}
+    other = max(0.0, wall - sum(by_part.values()))
+    parts = {f"{part}_seconds": seconds for part, seconds in {**by_part, "other": other}.items()}
     return {
         "kind": "time",
         "unix_seconds": time.time(),
         "wall_seconds": wall,
-        "goodput": known["steps"] / max(wall, 1e-9),
+        "goodput": by_part["steps"] / max(wall, 1e-9),
         **parts,
     }

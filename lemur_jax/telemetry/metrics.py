@@ -37,7 +37,7 @@ def read_metrics(workdir: epath.PathLike) -> list[Record]:
 def scan_metrics(workdir: epath.PathLike) -> tuple[list[Record], int]:
     """The records of a run, and how many lines could not be read: not UTF-8, not JSON, no record with a step.
 
-    A last line without its end was torn by a kill, or is being written now, and is not counted.
+    A last line without a newline was cut off by a kill, or is being written now, and is not counted.
     """
     path = epath.Path(workdir) / METRICS_FILE
     try:
@@ -78,13 +78,13 @@ class MetricsWriter(contextlib.AbstractContextManager):
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             data = self._path.read_bytes() if self._path.exists() else b""
-            whole = _without_torn_line(data)
+            complete = _without_torn_line(data)
             self._file = self._open()
         except OSError as error:
             raise UserError(f"cannot write {self._path}: {error.strerror or error}") from error
-        self._written = whole if self._remote else b""
-        if whole != data or self._remote:  # an object store shows now whether it can be written
-            self._replace(whole)
+        self._written = complete if self._remote else b""
+        if complete != data or self._remote:  # fails now if an object store cannot be written
+            self._replace(complete)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends one record. Its values: strings, lists of them, integers, and anything that `float` takes."""
@@ -98,13 +98,13 @@ class MetricsWriter(contextlib.AbstractContextManager):
     def truncate_after(self, step: int) -> None:
         """Drops the records of later steps than `step`, where the run resumes, and lines that cannot be read."""
         records, skipped = scan_metrics(self._path.parent)
-        kept = [record for record in records if record["step"] <= step]
-        if skipped or len(kept) < len(records):
-            self._replace(b"".join(json.dumps(record).encode() + b"\n" for record in kept))
+        earlier = [record for record in records if record["step"] <= step]
+        if skipped or len(earlier) < len(records):
+            self._replace(b"".join(json.dumps(record).encode() + b"\n" for record in earlier))
         if self._wants_tensorboard:
             self._trackers.append(TensorBoard(self._path.parent, step))
         if self._wants_wandb:
-            self._trackers.append(WeightsAndBiases(self._path.parent, fresh=not kept))
+            self._trackers.append(WeightsAndBiases(self._path.parent, fresh=not earlier))
 
     def sync(self) -> None:
         """Makes all records survive a crash of the machine."""
@@ -191,7 +191,7 @@ def _parse(line: bytes) -> Record | None:
 
 
 def _plain(value: Any) -> Any:
-    """A JSON value: NumPy and JAX scalars as Python's, what is not finite as None."""
+    """A JSON value: NumPy and JAX scalars as Python's, numbers that are not finite as None."""
     if hasattr(value, "item"):
         value = value.item()
     if value is None or isinstance(value, str | bool | int | list):

@@ -1,4 +1,4 @@
-"""What a process of a run was made of: git commit, host, devices and versions."""
+"""The environment of a process of a run: git commit, host, devices and versions."""
 
 import contextlib
 import functools
@@ -49,10 +49,10 @@ def _git(directory: pathlib.Path, *words: str) -> str | None:
     """What git prints; None if nothing."""
     command = ["git", "-C", str(directory), *words]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):  # no git, or a slow network disk
         return None
-    return done.stdout.strip() or None
+    return result.stdout.strip() or None
 
 
 @functools.cache
@@ -64,8 +64,8 @@ def code_digest() -> str:
 
 def versions() -> list[str]:
     """Names and versions of Python and of the packages that are installed."""
-    found = [f"python {platform.python_version()}"]
+    names = [f"python {platform.python_version()}"]
     for package in _PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{package} {importlib.metadata.version(package)}")
-    return found
+            names.append(f"{package} {importlib.metadata.version(package)}")
+    return names

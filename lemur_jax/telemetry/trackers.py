@@ -45,7 +45,7 @@ class TensorBoard:
 
     def __init__(self, workdir: epath.PathLike, step: int):
         directory = os.fspath(epath.Path(workdir) / "tensorboard")
-        # Files are named by the second and the host: two starts within one would overwrite each other.
+        # Files are named by the second and the host: two starts within one second would overwrite each other.
         suffix = f".{step:09d}"
         from tensorboardX import SummaryWriter
 
@@ -71,22 +71,22 @@ class TensorBoard:
 class WeightsAndBiases:
     """Sends records to one W&B run, named after the workdir; `WANDB_*` set project, account, and another name or id.
 
-    A run that resumes is the same one; repeated steps are sent again. One that begins (`fresh`) is another, also where
-    the workdir had a run before, and so is a copy of the workdir.
+    A resumed run continues the same W&B run; repeated steps are sent again. A `fresh` run gets a new one, even if the
+    workdir had a run before, and so does a copy of the workdir.
     """
 
     def __init__(self, workdir: epath.PathLike, fresh: bool):
         import wandb
 
-        path, key = os.fspath(absolute(workdir)), epath.Path(workdir) / "wandb-id.txt"
+        path, id_file = os.fspath(absolute(workdir)), epath.Path(workdir) / "wandb-id.txt"
         if fresh:
-            key.write_text(uuid.uuid4().hex)
+            id_file.write_text(uuid.uuid4().hex)
         # The file is missing in runs of earlier versions.
-        made_of = path + (key.read_text() if key.exists() else "")
+        identity = path + (id_file.read_text() if id_file.exists() else "")
         try:
             self._run = wandb.init(
                 dir=tempfile.mkdtemp(prefix="wandb-") if "://" in path else path,
-                id=os.environ.get("WANDB_RUN_ID") or hashlib.sha256(made_of.encode()).hexdigest()[:16],
+                id=os.environ.get("WANDB_RUN_ID") or hashlib.sha256(identity.encode()).hexdigest()[:16],
                 name=os.environ.get("WANDB_NAME") or os.path.basename(path),
                 resume="allow",
                 settings=wandb.Settings(console="off", silent=True),

@@ -1,4 +1,4 @@
-"""The tokenizer of the `tokenizers` library for a `tokenizer.json`, and what stands around it."""
+"""The tokenizer of the `tokenizers` library for a `tokenizer.json`, and helpers around it."""
 
 import json
 import re
@@ -22,7 +22,7 @@ def build_backend(spec: Mapping[str, Any], added: Sequence[Mapping[str, Any]], m
 
     # Without its post-processor the library neither adds bos nor trims the offsets.
     bare: dict[str, Any] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-    kept = {name: spec.get(name) for name in ("version", "normalizer", "pre_tokenizer", "decoder")}
+    pipeline = {name: spec.get(name) for name in ("version", "normalizer", "pre_tokenizer", "decoder")}
     model = dict(spec["model"])
     if isinstance(model["vocab"], Mapping):
         model["vocab"] = {marks.get(token, token): index for token, index in model["vocab"].items()}
@@ -30,7 +30,7 @@ def build_backend(spec: Mapping[str, Any], added: Sequence[Mapping[str, Any]], m
         model["vocab"] = [[marks.get(token, token), score] for token, score in model["vocab"]]
     if model.get("unk_token"):
         model["unk_token"] = marks.get(model["unk_token"], model["unk_token"])
-    backend = tokenizers.Tokenizer.from_str(json.dumps({**kept, **bare, "model": model}))
+    backend = tokenizers.Tokenizer.from_str(json.dumps({**pipeline, **bare, "model": model}))
     tokens = []
     for token in added:
         flags = {name: token[name] for name in sentencepiece_model.FLAGS if name in token}
@@ -43,12 +43,12 @@ def surrounding_ids(spec: Mapping[str, Any]) -> list[list[int]]:
     """The ids that the post-processor of a `tokenizer.json` puts before and after a text."""
     import tokenizers
 
-    text = 2**32 - 1
-    model = {"type": "WordLevel", "vocab": {"x": text}, "unk_token": "x"}
-    alone: dict[str, Any] = {"version": "1.0", "added_tokens": [], "model": model}
-    alone["post_processor"] = spec.get("post_processor")
-    ids = tokenizers.Tokenizer.from_str(json.dumps(alone)).encode("x").ids
-    return [ids[: ids.index(text)], ids[ids.index(text) + 1 :]]
+    text_id = 2**32 - 1
+    model = {"type": "WordLevel", "vocab": {"x": text_id}, "unk_token": "x"}
+    bare: dict[str, Any] = {"version": "1.0", "added_tokens": [], "model": model}
+    bare["post_processor"] = spec.get("post_processor")
+    ids = tokenizers.Tokenizer.from_str(json.dumps(bare)).encode("x").ids
+    return [ids[: ids.index(text_id)], ids[ids.index(text_id) + 1 :]]
 
 
 def token_pattern(added: Sequence[Mapping[str, Any]]) -> re.Pattern[str]:
@@ -61,17 +61,17 @@ def token_pattern(added: Sequence[Mapping[str, Any]]) -> re.Pattern[str]:
 
 
 def build_decoders(spec: Any) -> dict[bool, Callable[[list[str]], str]]:
-    """Tokens to text, by whether they begin a text, whose first space encoding has put there."""
+    """Decoders: True for the start of a text (strips the space that encoding adds), False for the rest."""
     import tokenizers
 
     if spec is None:
         return dict.fromkeys((True, False), " ".join)
     empty = {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {}, "merges": []}}
-    made = {
-        prefix: tokenizers.Tokenizer.from_str(json.dumps({**empty, "decoder": kept})).decoder
-        for prefix, kept in {True: spec, False: _without_strip(spec)}.items()
+    decoders = {
+        prefix: tokenizers.Tokenizer.from_str(json.dumps({**empty, "decoder": decoder_spec})).decoder
+        for prefix, decoder_spec in {True: spec, False: _without_strip(spec)}.items()
     }
-    return {prefix: decoder.decode if decoder else " ".join for prefix, decoder in made.items()}
+    return {prefix: decoder.decode if decoder else " ".join for prefix, decoder in decoders.items()}
 
 
 def _without_strip(spec: Any) -> Any:
@@ -85,7 +85,7 @@ def _without_strip(spec: Any) -> Any:
 
 
 def build_sentencepiece(model: bytes | None, spec: Mapping[str, Any]) -> Any:
-    """The SentencePiece model, where `tokenizer.json` is its exact conversion: it takes two thirds of the time."""
+    """The SentencePiece model if `tokenizer.json` is its exact conversion, else None: it takes 2/3 of the time."""
     if model is None:
         return None
     from sentencepiece import SentencePieceProcessor

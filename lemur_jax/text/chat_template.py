@@ -27,14 +27,14 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 # A message: {"role": "user", "content": "..."}, and whatever else a template may read.
 Message = Mapping[str, Any]
 
-# Private-use characters; those that a conversation does not contain mark places in its rendered text.
+# Private-use characters; those that a conversation does not contain mark positions in its rendered text.
 _MARKS = range(0xF0000, 0xFFFFE)
 
 
 def stop_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Ids that end an answer, in generation and in exports: turn ends, eos, and those of `generation_config.json`."""
-    ends = [tokenizer.control_tokens[name] for name in TURN_ENDS if name in tokenizer.control_tokens]
-    return tuple(dict.fromkeys([*ends, tokenizer.eos_id, *tokenizer.generation_stop_ids]))
+    turn_ends = [tokenizer.control_tokens[name] for name in TURN_ENDS if name in tokenizer.control_tokens]
+    return tuple(dict.fromkeys([*turn_ends, tokenizer.eos_id, *tokenizer.generation_stop_ids]))
 
 
 # Keys of what the assistant thinks before it answers.
@@ -143,14 +143,14 @@ def _render(
         if isinstance(value, str | list) and value and not re.search(rf"\b{re.escape(name)}\b", template):
             raise UserError(f"the chat template leaves out {name!r} of chat_template_kwargs, {value!r:.40}")
     turns, tools = tool_calls.for_template(template, messages, tools)
-    spelled = json.dumps([turns, tools, options], ensure_ascii=False, default=str) + template
-    unused = (chr(code) for code in _MARKS if chr(code) not in spelled)
-    begin, end, separator, untrained, place = itertools.islice(unused, 5)
+    all_text = json.dumps([turns, tools, options], ensure_ascii=False, default=str) + template
+    unused = (chr(code) for code in _MARKS if chr(code) not in all_text)
+    begin, end, separator, untrained, locator = itertools.islice(unused, 5)
     # So that a control token spelled in a message is not taken for one of the template's.
     broken = functools.partial(tokenizer.break_control_tokens, separator=separator)
     turns, tools, options = _map_strings([turns, tools, options], broken)
     turns = [_with_thoughts(turn) for turn in turns]
-    given = [turn if is_trained(turn) else _mark_turn(turn, lambda _: untrained) for turn in turns]
+    marked_turns = [turn if is_trained(turn) else _mark_turn(turn, lambda _: untrained) for turn in turns]
     values = {"documents": None, **tokenizer.special_names, **options}
 
     def write(turns: Sequence[Message], prompt: bool = False, *, tools: tool_calls.Tools) -> str:
@@ -161,16 +161,16 @@ def _render(
         with_tools = functools.partial(write, tools=tools)
         if not as_given or add_generation_prompt or _GENERATION.search(template):
             return with_tools(turns, add_generation_prompt)
-        return _with_marked_answers(turns, with_tools, (begin, end, place), tokenizer)
+        return _with_marked_answers(turns, with_tools, (begin, end, locator), tokenizer)
 
     try:
-        text = compose(given, tools)
+        text = compose(marked_turns, tools)
         _check_complete(compose, turns, tools, unused)
     except UserError:
         raise
     except Exception as error:  # a template is a program of the user's: it can fail in any way
         raise UserError(f"the chat template says: {error}") from error
-    return _take_marks_out(tokenizer.mark_control_tokens(text), begin, end, separator, untrained)
+    return _remove_marks(tokenizer.mark_control_tokens(text), begin, end, separator, untrained)
 
 
 def _with_thoughts(turn: Message) -> Message:
@@ -181,15 +181,15 @@ def _with_thoughts(turn: Message) -> Message:
 
 
 def _mark_turn(turn: Message, mark: Callable[[str], str]) -> Message:
-    """The turn with a mark at the end of its content and of the name of each call; `mark` gets a word for which."""
+    """The turn with a mark at the end of its content and of the name of each call; `mark` gets what it marks."""
     calls = [
         {**call, "function": _mark_name(call["function"], mark("a call"))}
         for call in turn.get("tool_calls", ())
     ]
     marked = {**turn, "tool_calls": calls} if calls else dict(turn)
     # Before its trailing space, which templates trim. A template may ask whether there is a content beside calls.
-    if (said := turn["content"].rstrip()) or not calls:
-        marked["content"] = said + mark("the content") + turn["content"][len(said) :]
+    if (text := turn["content"].rstrip()) or not calls:
+        marked["content"] = text + mark("the content") + turn["content"][len(text) :]
     return marked
 
 
@@ -210,16 +210,16 @@ def _check_complete(
         expected[character := next(marks)] = what
         return character
 
-    shown = []
-    for number, turn in enumerate(turns):
-        where = f"of turn {number} ({turn['role']})"
+    marked = []
+    for index, turn in enumerate(turns):
+        where = f"of turn {index} ({turn['role']})"
         says = turn["content"].strip() or turn.get("tool_calls")
-        shown.append(_mark_turn(turn, lambda what, where=where: mark(f"{what} {where}")) if says else turn)
-    named = []
+        marked.append(_mark_turn(turn, lambda what, where=where: mark(f"{what} {where}")) if says else turn)
+    marked_tools = []
     for tool in tools:
         function = _mark_name(tool.get("function", tool), mark("a tool"))
-        named.append({**tool, "function": function} if "function" in tool else function)
-    text = compose(shown, named)
+        marked_tools.append({**tool, "function": function} if "function" in tool else function)
+    text = compose(marked, marked_tools)
     lost = [what for character, what in expected.items() if character not in text]
     if lost:
         raise UserError(
@@ -233,18 +233,18 @@ def _with_marked_answers(
 ) -> str:
     """The text of a conversation, marks around what each trained turn of the assistant adds to the turns before it.
 
-    Where a template writes an answer differently once others follow, as Qwen3's leaves thinking out, it stays as it was
-    given.
+    If a template rewrites an answer once other turns follow, as Qwen3's removes its thinking, the answer stays as it
+    was given.
 
     Args:
       write: (turns, whether to end with a generation prompt) -> text.
-      marks: for the begin and the end of an answer, and one to find places by.
+      marks: for the begin and the end of an answer, and one that locates the end of a turn's content.
     """
     answers = [n for n, turn in enumerate(turns) if turn["role"] == "assistant" and is_trained(turn)]
     if not answers:
         return write(turns)
     try:
-        before = write(turns[: answers[0]], True)
+        prefix = write(turns[: answers[0]], True)
     except Exception as error:
         if answers[0]:
             raise
@@ -252,28 +252,28 @@ def _with_marked_answers(
             "the chat template cannot write the generation prompt of turn 0, as no turn is before it: leave out this"
             f' turn of the assistant, or give it "weight": 0 ({error})'
         ) from error
-    parts = [before]
+    parts = [prefix]
     for turn, following in zip(answers, [*answers[1:], None], strict=True):
-        after = longer = write(turns[: turn + 1])
+        answered = longer = write(turns[: turn + 1])
         if turn + 1 < len(turns):
             longer = write(turns[:following], following is not None)
-        end, rest = after, longer
-        if not longer.startswith(after):
+        end, rest = answered, longer
+        if not longer.startswith(answered):
             # The template changes the answer, or what is before it. It has to end equally at least.
             placed = [*turns[:turn], _mark_turn(turns[turn], lambda _: marks[2])]
             changed = write([*placed, *turns[turn + 1 : following]], following is not None)
             end, rest = (text.rpartition(marks[2])[2] for text in (write(placed), changed))
         if not rest.startswith(end):
-            after, end = _without_last_eos(after, tokenizer), _without_last_eos(end, tokenizer)
-        if not (after.startswith(before) and rest.startswith(end)):
+            answered, end = _without_last_eos(answered, tokenizer), _without_last_eos(end, tokenizer)
+        if not (answered.startswith(prefix) and rest.startswith(end)):
             raise UserError(
                 f"the chat template does not write turn {turn} as it would be generated: it is not what follows the"
                 " generation prompt, or ends differently when others follow; put"
                 " {% generation %} ... {% endgeneration %} around what the assistant says in a copy, and name that"
                 " with config.tokenizer.chat_template"
             )
-        parts += [marks[0], after[len(before) :], marks[1], rest[len(end) :]]
-        before = longer
+        parts += [marks[0], answered[len(prefix) :], marks[1], rest[len(end) :]]
+        prefix = longer
     return "".join(parts)
 
 
@@ -283,10 +283,10 @@ def _without_last_eos(text: str, tokenizer: Tokenizer) -> str:
     return body if body.rstrip().endswith(tuple(tokenizer.control_tokens)) else text
 
 
-def _take_marks_out(
+def _remove_marks(
     text: str, begin: str, end: str, separator: str, untrained: str
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The text without marks, and the stretches between `begin` and `end` that `untrained` does not stand in."""
+    """The text without marks, and the spans between `begin` and `end` that do not contain `untrained`."""
     parts: list[str] = []
     spans: list[tuple[int, int]] = []
     length = start = 0
@@ -306,11 +306,11 @@ def _take_marks_out(
 
 def _overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
     """1 for each token that overlaps one of the spans; both are in order."""
-    mask, number = [], 0
+    mask, i = [], 0
     for begin, end in offsets:
-        while number < len(spans) and begin >= spans[number][1]:
-            number += 1
-        mask.append(int(number < len(spans) and end > spans[number][0]))
+        while i < len(spans) and begin >= spans[i][1]:
+            i += 1
+        mask.append(int(i < len(spans) and end > spans[i][0]))
     return mask
 
 

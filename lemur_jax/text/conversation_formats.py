@@ -28,7 +28,7 @@ _ROLES = (
     | dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "function_call"), "assistant")
     | dict.fromkeys(("tool", "function", "observation", "function_response"), "tool")
 )
-_KEPT_KEYS = {"assistant": THOUGHTS, "tool": ("name", "tool_call_id")}
+_EXTRA_KEYS = {"assistant": THOUGHTS, "tool": ("name", "tool_call_id")}
 
 
 def sharegpt(row: Row) -> Conversation:
@@ -52,8 +52,8 @@ def evol_code_alpaca(row: Row) -> Conversation:
     question = _get(row, "instruction")
     if row.get("input"):
         question = f"{question}\n\n{row['input']}"
-    said = [*(row.get("history") or ()), (question, _get(row, "output"))]
-    turns = [turn for user, reply in said for turn in (_message("user", user), _message("assistant", reply))]
+    pairs = [*(row.get("history") or ()), (question, _get(row, "output"))]
+    turns = [turn for user, reply in pairs for turn in (_message("user", user), _message("assistant", reply))]
     return _conversation(row, turns)
 
 
@@ -116,9 +116,9 @@ def preference(row: Row) -> dict[str, Conversation]:
     Each is a turn, a list of turns, or a text that answers `prompt`, which LLaMA-Factory calls `conversations` or
     `messages`. The turns that both share belong to the prompt: only what follows is trained on.
     """
-    chosen, rejected = (_turns(row, side, "assistant") for side in ("chosen", "rejected"))
-    asked = [name for name in ("prompt", "conversations", "messages") if row.get(name)]
-    prompt = _turns(row, asked[0], "user") if asked and chosen[0]["role"] == "assistant" else []
+    chosen, rejected = (_turns(row, key, "assistant") for key in ("chosen", "rejected"))
+    fields = [name for name in ("prompt", "conversations", "messages") if row.get(name)]
+    prompt = _turns(row, fields[0], "user") if fields and chosen[0]["role"] == "assistant" else []
     if prompt and prompt[-1]["role"] == "assistant":
         raise ValueError("the prompt ends with an answer, and `chosen` and `rejected` begin with others")
     shared = 0
@@ -130,13 +130,13 @@ def preference(row: Row) -> dict[str, Conversation]:
             "`chosen` and `rejected` answer nothing: the row needs `prompt`, or turns of the user before the answers"
             " (conversation_formats.anthropic_hh reads transcripts)"
         )
-    sides = {"chosen": chosen[shared:], "rejected": rejected[shared:]}
-    return {side: _answered(row, prompt, turns) for side, turns in sides.items()}
+    completions = {"chosen": chosen[shared:], "rejected": rejected[shared:]}
+    return {key: _answered(row, prompt, turns) for key, turns in completions.items()}
 
 
 def anthropic_hh(row: Row) -> dict[str, Conversation]:
     """Anthropic's hh-rlhf: `chosen` and `rejected` are whole transcripts, "\\n\\nHuman: ...\\n\\nAssistant: ..."."""
-    return preference({side: _transcript(_get(row, side)) for side in ("chosen", "rejected")})
+    return preference({key: _transcript(_get(row, key)) for key in ("chosen", "rejected")})
 
 
 def _transcript(text: str) -> Messages:
@@ -144,7 +144,7 @@ def _transcript(text: str) -> Messages:
     if start.strip() or not parts:
         raise ValueError(f"the transcript begins with {text!r:.40}, not with 'Human:'")
     turns = zip(parts[::2], parts[1::2], strict=True)
-    return [{"role": role.lower(), "content": said.strip()} for role, said in turns]
+    return [{"role": role.lower(), "content": content.strip()} for role, content in turns]
 
 
 def ultrafeedback(row: Row) -> dict[str, Conversation]:
@@ -165,7 +165,7 @@ def _score(completion: Row) -> float:
 
 
 def labelled(row: Row) -> dict[str, Conversation]:
-    """TRL's unpaired preferences, for KTO: as of `completion`, with a `label` that says whether it is desirable.
+    """TRL's unpaired preferences, for KTO: a row as for `completion`, whose `label` says whether it is desirable.
 
     In place of prompt and completion the row may have `messages`, as LLaMA-Factory has it.
     """
@@ -184,7 +184,7 @@ def completion(row: Row) -> Conversation:
 
 
 def _turns(row: Row, name: str, role: str) -> Messages:
-    """The turns of a field: a list, one, or a text as one of `role`."""
+    """The turns of a field: a list of turns, one turn, or a text, which becomes a turn of `role`."""
     content = _get(row, name)
     if isinstance(content, str):
         return [_message(role, content)]
@@ -206,35 +206,35 @@ def _turn(turn: Row) -> dict[str, Any]:
     if turn.get("function_call"):  # the older spelling of one call
         calls = [*calls, turn["function_call"]]
     if role == "function_call":
-        found = _values(content, "the calls of a turn of function_call")
-        calls, content = found if isinstance(found, list) else [found], None
+        parsed = _values(content, "the calls of a turn of function_call")
+        calls, content = parsed if isinstance(parsed, list) else [parsed], None
     text = "" if calls and content is None else _parts(_get(turn, keys[1]))
     message = _message(role, text, turn, [_call(call) for call in calls])
-    kept = _KEPT_KEYS.get(message["role"], ())
-    return message | {key: turn[key] for key in kept if _has(turn, key)}
+    extra = _EXTRA_KEYS.get(message["role"], ())
+    return message | {key: turn[key] for key in extra if _has(turn, key)}
 
 
 def _call(call: Row) -> dict[str, Any]:
     function = call["function"] if _has(call, "function") else call
     name = _get(function, "name")
-    given = function.get("arguments") or function.get("parameters") or {}
-    arguments = _values(given, f"the arguments of the call of {name!r}")
+    raw = function.get("arguments") or function.get("parameters") or {}
+    arguments = _values(raw, f"the arguments of the call of {name!r}")
     if not isinstance(arguments, Mapping):
         raise ValueError(f"the arguments of the call of {name!r} are {arguments!r:.40}, not an object")
-    named = {"id": call["id"]} if _has(call, "id") else {}
-    return {**named, "type": "function", "function": {"name": name, "arguments": arguments}}
+    call_id = {"id": call["id"]} if _has(call, "id") else {}
+    return {**call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _conversation(row: Row, messages: Messages) -> Conversation:
     """The messages with the system prompt and the tools of their row."""
-    said = "".join(turn["content"] for turn in messages)
+    text = "".join(turn["content"] for turn in messages)
     for kind in ("image", "video", "audio"):
-        if f"<{kind}>" in said and (row.get(kind) or row.get(f"{kind}s")):
+        if f"<{kind}>" in text and (row.get(kind) or row.get(f"{kind}s")):
             raise ValueError(f"the row has a field for its <{kind}>; only text can be trained on")
-    if given := row.get("system") or row.get("system_prompt"):
-        system = _message("system", given)
+    if prompt := row.get("system") or row.get("system_prompt"):
+        system = _message("system", prompt)
         there = [turn["content"].strip() for turn in messages if turn["role"] == "system"]
-        messages = messages if given.strip() in there else [system, *messages]
+        messages = messages if prompt.strip() in there else [system, *messages]
     _checked(messages)
     tools = _values(row.get("tools") or row.get("functions") or [], "`tools`") or []
     check_tools(tools)
@@ -248,14 +248,14 @@ def _conversation(row: Row, messages: Messages) -> Conversation:
     return {"messages": messages, **kept} if kept else messages
 
 
-def _values(value: Any, what: str) -> Any:
-    """JSON, or a value without the nulls by which Parquet gives each object the keys of all."""
+def _values(value: Any, label: str) -> Any:
+    """Parsed JSON, or a value without the nulls with which Parquet fills the keys that an object lacks."""
     if not isinstance(value, str):
         return _without_nulls(value)
     try:
         return json.loads(value)
     except ValueError as error:
-        raise ValueError(f"{what} are not JSON") from error
+        raise ValueError(f"{label} are not JSON") from error
 
 
 def _without_nulls(value: Any) -> Any:
@@ -270,9 +270,9 @@ def _parts(content: Any) -> str:
     if not isinstance(content, Sequence):
         raise ValueError(f"a content is {type(content).__name__}, neither a string nor a list of parts")
     kinds = [_get(part, "type") for part in content]
-    odd = [kind for kind in kinds if kind not in ("text", "input_text", "output_text")]
-    if odd:
-        raise ValueError(f"a message has a part of type {odd[0]!r}; only text can be trained on")
+    unsupported = [kind for kind in kinds if kind not in ("text", "input_text", "output_text")]
+    if unsupported:
+        raise ValueError(f"a message has a part of type {unsupported[0]!r}; only text can be trained on")
     return "".join(_get(part, "text") for part in content)
 
 
@@ -308,8 +308,8 @@ def _get(mapping: Any, name: str) -> Any:
     if not isinstance(mapping, Mapping):
         raise ValueError(f"{mapping!r:.40} stands where a field {name!r} is wanted")
     if mapping.get(name) is None:
-        there = ", ".join(str(key) for key, value in mapping.items() if value is not None)
-        raise ValueError(f"no field {name!r}; there are {there or 'none'}")
+        present = ", ".join(str(key) for key, value in mapping.items() if value is not None)
+        raise ValueError(f"no field {name!r}; there are {present or 'none'}")
     return mapping[name]
 
 

@@ -38,7 +38,7 @@ _RESOLVED = {
     *("added_tokens_decoder", "additional_special_tokens", "extra_special_tokens"),
     *("chat_template", "auto_map", "legacy", "sp_model_kwargs", "from_slow", MARK),
 }
-# Where ways to split text differ, but for spaces in front of a text.
+# A text that pre-tokenizers split differently, except for leading spaces.
 _PROBE = "a  12 345\n\n    if x1 == 0.5:\r\n\treturn 'It's'  WE'RE e\u0301 \u212b 漢字 😀"
 
 
@@ -59,11 +59,11 @@ def read_files(path: epath.PathLike) -> dict[str, bytes]:
     return _resolve(files, name)
 
 
-def resolved(files: Mapping[str, bytes], name: str) -> dict[str, bytes]:
-    """The files of `read_files` as they are, those of a directory as `read_files` makes them."""
+def resolve_files(files: Mapping[str, bytes], name: str) -> dict[str, bytes]:
+    """Files that `read_files` made, unchanged; those of a directory as `read_files` converts them."""
     config = files.get("tokenizer_config.json")
-    made = config is not None and _read("tokenizer_config.json", config, name).get(MARK)
-    return dict(files) if made else _resolve(files, name)
+    is_resolved = config is not None and _read("tokenizer_config.json", config, name).get(MARK)
+    return dict(files) if is_resolved else _resolve(files, name)
 
 
 def read_template(path: epath.PathLike) -> str:
@@ -120,19 +120,19 @@ _READERS: dict[str, Callable] = {".json": json_object, ".jinja": bytes.decode, "
 
 
 def _resolve(files: Mapping[str, bytes], name: str) -> dict[str, bytes]:
-    """The files that say by themselves what transformers makes of these."""
+    """Self-contained files of the tokenizer that transformers makes of these."""
     _check_kind(files, name)
-    read = {file: _read(file, data, name) for file, data in files.items()}
-    theirs, spec = _open(files, read, name)
-    config = read.get("tokenizer_config.json", {})
+    parsed = {file: _read(file, data, name) for file, data in files.items()}
+    loaded, spec = _open(files, parsed, name)
+    config = parsed.get("tokenizer_config.json", {})
     if config.get("split_special_tokens") or spec["model"].get("dropout"):
         raise UserError(f"{name}: split_special_tokens and dropout are not supported: unset them")
-    listed = _check_ids(spec, read, name)
+    listed = _check_ids(spec, parsed, name)
     vocab = vocabulary(spec)
-    mentioned = {*vocab, *listed, *_strings([config, read.get("special_tokens_map.json", {})])}
+    mentioned = {*vocab, *listed, *_strings([config, parsed.get("special_tokens_map.json", {})])}
     # Some classes add tokens that no file names (CodeLlama: ▁<PRE>): a model may have no rows for them.
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] in mentioned]
-    names = {key: token for key, token in theirs.special_tokens_map.items() if token in mentioned}
+    names = {key: token for key, token in loaded.special_tokens_map.items() if token in mentioned}
     for kind in ("bos_token", "eos_token", "unk_token", "pad_token"):
         if kind in names and names[kind] not in vocab.keys() | listed.keys():
             raise UserError(
@@ -141,18 +141,18 @@ def _resolve(files: Mapping[str, bytes], name: str) -> dict[str, bytes]:
     begin, end = surrounding_ids(spec)
     own = {key: value for key, value in config.items() if key not in _RESOLVED and not key.endswith("_token")}
     model = files.get("tokenizer.model")
-    made = make_files(
+    output = make_files(
         None if model is None or sentencepiece_model.is_tiktoken(model) else model,
         tokenizer_json=spec,
-        chat_template=_template(theirs.chat_template, name),
+        chat_template=_template(loaded.chat_template, name),
         config={**own, **names, "add_bos_token": bool(begin), "add_eos_token": bool(end)},
     )
     if GENERATION_CONFIG in files:
-        made[GENERATION_CONFIG] = files[GENERATION_CONFIG]
-    return made
+        output[GENERATION_CONFIG] = files[GENERATION_CONFIG]
+    return output
 
 
-def _open(files: Mapping[str, bytes], read: Mapping[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
+def _open(files: Mapping[str, bytes], parsed: Mapping[str, Any], name: str) -> tuple[Any, dict[str, Any]]:
     """The tokenizer of transformers, and its `tokenizer.json`."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -160,66 +160,66 @@ def _open(files: Mapping[str, bytes], read: Mapping[str, Any], name: str) -> tup
         for file, data in files.items():
             Path(directory, file).write_bytes(data)
         try:
-            theirs = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-            found = theirs.backend_tokenizer.to_str()
+            loaded = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            spec_json = loaded.backend_tokenizer.to_str()
         except Exception as error:  # a class can fail in any way
             reason = reason_of(error)[:300].replace(directory, name)
-            if "auto_map" in read.get("tokenizer_config.json", {}):
+            if "auto_map" in parsed.get("tokenizer_config.json", {}):
                 reason = "its class is Python code of its own, which is not run"
             hint = "; to take tokenizer.json as it is, remove auto_map from tokenizer_config.json and set"
             hint += " tokenizer_class to PreTrainedTokenizerFast there"
             raise UserError(
                 f"{name}: transformers cannot read this tokenizer ({reason}){hint if 'tokenizer.json' in files else ''}"
             ) from error
-    if "tokenizer.json" in files and type(theirs) is not PreTrainedTokenizerFast:
-        _warn_of_other_ids(files["tokenizer.json"], theirs, name)
-    return theirs, json.loads(found)
+    if "tokenizer.json" in files and type(loaded) is not PreTrainedTokenizerFast:
+        _warn_of_other_ids(files["tokenizer.json"], loaded, name)
+    return loaded, json.loads(spec_json)
 
 
-def _warn_of_other_ids(written: bytes, theirs: Any, name: str) -> None:
+def _warn_of_other_ids(data: bytes, loaded: Any, name: str) -> None:
     import tokenizers
 
     try:
-        ids = tokenizers.Tokenizer.from_str(written.decode()).encode(_PROBE, add_special_tokens=False).ids
+        ids = tokenizers.Tokenizer.from_str(data.decode()).encode(_PROBE, add_special_tokens=False).ids
     except Exception:  # transformers has made something of a file that this library cannot read
         return
-    if ids != theirs.backend_tokenizer.encode(_PROBE, add_special_tokens=False).ids:
+    if ids != loaded.backend_tokenizer.encode(_PROBE, add_special_tokens=False).ids:
         logger.warning(
             "%s: transformers splits text for %s in its own way, and so does this program, not as tokenizer.json says;"
             " set tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json to take that file as it is",
-            *(name, type(theirs).__name__),
+            *(name, type(loaded).__name__),
         )
 
 
-def _check_ids(spec: Mapping[str, Any], read: Mapping[str, Any], name: str) -> dict[str, int]:
+def _check_ids(spec: Mapping[str, Any], parsed: Mapping[str, Any], name: str) -> dict[str, int]:
     """The added tokens that the files list, to their ids; UserError: files contradict each other or transformers."""
     ids = vocabulary(spec) | {token["content"]: token["id"] for token in spec["added_tokens"]}
-    for index, piece in enumerate(read.get("tokenizer.model", ())):
+    for index, piece in enumerate(parsed.get("tokenizer.model", ())):
         if ids.get(piece, index) != index:
-            other = "tokenizer.json" if "tokenizer.json" in read else "transformers"
+            other = "tokenizer.json" if "tokenizer.json" in parsed else "transformers"
             raise UserError(
                 f"{name}: tokenizer.model gives {piece!r} the id {index}, {other} {ids[piece]}: remove the file that"
                 " does not belong to the model"
             )
-    decoder = read.get("tokenizer_config.json", {}).get("added_tokens_decoder") or {}
-    beside = {sentencepiece_model.content_of(token): int(index) for index, token in decoder.items()}
-    beside |= read.get("added_tokens.json", {})
-    for token, index in beside.items():
+    decoder = parsed.get("tokenizer_config.json", {}).get("added_tokens_decoder") or {}
+    configured = {sentencepiece_model.content_of(token): int(index) for index, token in decoder.items()}
+    configured |= parsed.get("added_tokens.json", {})
+    for token, index in configured.items():
         if ids.get(token, -1) != index:
             raise UserError(
                 f"{name}: its files give {token!r} the id {index}, transformers reads it as {ids.get(token)}: correct"
                 " the files"
             )
-    written = {
-        token["content"]: token["id"] for token in read.get("tokenizer.json", {}).get("added_tokens") or ()
+    added = {
+        token["content"]: token["id"] for token in parsed.get("tokenizer.json", {}).get("added_tokens") or ()
     }
-    for token, index in written.items():
+    for token, index in added.items():
         if ids.get(token) != index:
             logger.warning(
                 "%s: tokenizer.json gives %r the id %d; transformers, and so this program, reads it as %s",
                 *(name, token, index, ids.get(token)),
             )
-    return written | beside
+    return added | configured
 
 
 def _strings(value: Any) -> Iterator[str]:

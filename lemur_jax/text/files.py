@@ -7,8 +7,8 @@ from typing import Any
 from lemur_jax.text.sentencepiece_model import added_token, convert, post_processor
 
 # The class of transformers that takes `tokenizer.json` as it is; others would replace its pre-tokenizer.
-AS_IT_IS = "PreTrainedTokenizerFast"
-# The key of `tokenizer_config.json` that says that `make_files` wrote it: `tokenizer.json` has all there is to know.
+FAST_TOKENIZER_CLASS = "PreTrainedTokenizerFast"
+# The key of `tokenizer_config.json` that says that `make_files` wrote it: `tokenizer.json` is complete.
 MARK = "lemur_jax_format"
 # In Lemur's order.
 CHATML_TOKENS = ("<pad>", "<|im_start|>", "<|im_end|>", "<|im_sep|>", "<|diff_marker|>")
@@ -60,19 +60,19 @@ def make_files(
     settings |= {key: value for key, value in (config or {}).items() if value is not None}
     if tokenizer_json is None and not settings["add_bos_token"]:
         spec["post_processor"] = post_processor(None)
-    settings |= {"tokenizer_class": AS_IT_IS, MARK: 1}
+    settings |= {"tokenizer_class": FAST_TOKENIZER_CLASS, MARK: 1}
     settings["added_tokens_decoder"] = {
         str(token["id"]): {key: value for key, value in token.items() if key != "id"}
         for token in spec["added_tokens"]
     }
     kinds = ("bos_token", "eos_token", "unk_token", "pad_token")
-    named = {key: settings[key] for key in kinds if key in settings}
+    special_tokens = {key: settings[key] for key in kinds if key in settings}
     files = {
         "tokenizer.model": model,
         # Without indents: Python's encoder for these takes seconds for a large vocabulary.
         "tokenizer.json": json.dumps(spec, ensure_ascii=False).encode(),
         "tokenizer_config.json": dump(settings),
-        "special_tokens_map.json": dump(named),
+        "special_tokens_map.json": dump(special_tokens),
         "chat_template.jinja": None if chat_template is None else chat_template.encode(),
     }
     return {name: content for name, content in files.items() if content is not None}

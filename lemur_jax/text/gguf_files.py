@@ -53,7 +53,7 @@ def is_gguf(path: epath.PathLike) -> bool:
 def open_gguf(path: epath.PathLike) -> Any:
     """The `gguf.GGUFReader` of a local file, which is mapped and not read.
 
-    Raises UserError: `gguf` is not installed, or the file is none, incomplete or one of several parts.
+    Raises UserError: `gguf` is not installed, or the file is not GGUF, incomplete or one of several parts.
     """
     try:
         import gguf
@@ -73,8 +73,8 @@ def open_gguf(path: epath.PathLike) -> Any:
 
 
 @functools.lru_cache(maxsize=1)  # 3 s for a vocabulary of 49,152
-def _open(path: str, changed: int, reader: Any) -> Any:
-    del changed
+def _open(path: str, mtime_ns: int, reader: Any) -> Any:
+    del mtime_ns
     return reader(path)
 
 
@@ -117,10 +117,10 @@ def _files(path: epath.PathLike, data: Mapping[str, Any], template: str | None) 
     if kind == "llama" and data.get("add_space_prefix", True):
         files = make_files(_sentencepiece(data), chat_template=template, config=config)
     else:
-        made = _byte_level(data) if kind == "gpt2" else _without_prefix(data)
+        spec = _byte_level(data) if kind == "gpt2" else _without_prefix(data)
         bos = (names["bos_token"], data["bos_token_id"]) if add_bos else None
-        made["post_processor"] = post_processor(bos) if bos else None
-        files = make_files(None, tokenizer_json=made, chat_template=template, config=config)
+        spec["post_processor"] = post_processor(bos) if bos else None
+        files = make_files(None, tokenizer_json=spec, chat_template=template, config=config)
     stops = list(dict.fromkeys(data[key] for key in _STOPS if key in data))
     return {**files, "generation_config.json": json.dumps({"eos_token_id": stops}).encode()}
 
@@ -159,9 +159,9 @@ def _byte_level(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_prefix(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The same of a SentencePiece BPE that puts no space in front of a text.
+    """`tokenizer.json` of a SentencePiece BPE that puts no space in front of a text, without a post-processor.
 
-    As in the model's Hugging Face directory, user-defined pieces are added tokens, and runs of spaces come of merges.
+    As in the model's Hugging Face directory, user-defined pieces are added tokens, and merges form runs of spaces.
     """
     tokens = [piece.replace(" ", SPACE) for piece in data["tokens"]]
     kinds = data["token_type"]

@@ -30,7 +30,7 @@ def is_tiktoken(data: bytes) -> bool:
 
 
 def read_pieces(model: bytes) -> list[str]:
-    """The pieces of a SentencePiece model by id; ValueError or DecodeError: it is none."""
+    """The pieces of a SentencePiece model by id; ValueError or DecodeError: the data is no such model."""
     from sentencepiece import sentencepiece_model_pb2
 
     pieces = sentencepiece_model_pb2.ModelProto.FromString(model).pieces
@@ -101,7 +101,9 @@ def convert(model: bytes) -> dict[str, Any]:
 def merges_by_score(scores: Mapping[str, float], vocab: Mapping[str, int]) -> list[list[str]]:
     """Merges ranked by the score of what they make; among equal scores the longest left side comes first."""
     splits = ((piece, piece[:cut], piece[cut:]) for piece in scores for cut in range(1, len(piece)))
-    ranked = [(-scores[whole], -len(a), vocab[a], a, b) for whole, a, b in splits if {a, b} <= scores.keys()]
+    ranked = [
+        (-scores[merged], -len(a), vocab[a], a, b) for merged, a, b in splits if {a, b} <= scores.keys()
+    ]
     return [[a, b] for *_, a, b in sorted(ranked)]
 
 
@@ -146,12 +148,12 @@ def _pre_tokenizer(user_defined: list[str]) -> dict[str, Any]:
 
 def post_processor(bos: tuple[str, int] | None) -> dict[str, Any]:
     """Puts bos in front of each sequence."""
-    sequences = [{"Sequence": {"id": kind, "type_id": number}} for number, kind in enumerate("AB")]
-    begins = [{"SpecialToken": {"id": bos[0], "type_id": number}} for number in (0, 1)] if bos else []
+    sequences = [{"Sequence": {"id": kind, "type_id": index}} for index, kind in enumerate("AB")]
+    prefix = [{"SpecialToken": {"id": bos[0], "type_id": index}} for index in (0, 1)] if bos else []
     return {
         "type": "TemplateProcessing",
-        "single": [*begins[:1], sequences[0]],
-        "pair": [*begins[:1], sequences[0], *begins[1:], sequences[1]],
+        "single": [*prefix[:1], sequences[0]],
+        "pair": [*prefix[:1], sequences[0], *prefix[1:], sequences[1]],
         "special_tokens": {bos[0]: {"id": bos[0], "ids": [bos[1]], "tokens": [bos[0]]}} if bos else {},
     }
 
@@ -161,8 +163,8 @@ FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": F
 
 def added_token(content: str, index: int, flags: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """An added token as `tokenizer.json` has it; `flags`: those that an earlier file gave it."""
-    given = {name: value for name, value in (flags or {}).items() if name in FLAGS}
-    return {"id": index, "content": content, **FLAGS, **given}
+    overrides = {name: value for name, value in (flags or {}).items() if name in FLAGS}
+    return {"id": index, "content": content, **FLAGS, **overrides}
 
 
 def content_of(token: Any) -> Any:

@@ -30,7 +30,7 @@ from lemur_jax.text.directory import (
     json_object,
     read_files,
     read_template,
-    resolved,
+    resolve_files,
 )
 
 __all__ = ["FILE_NAMES", "GENERATION_CONFIG", "Tokenizer", "compatible", "read_files"]
@@ -55,12 +55,12 @@ class Tokenizer:
       added_tokens: tokens that are not in that vocabulary, special or not, to their ids.
       control_tokens: special tokens (`<s>`, `<|im_end|>`, ...) to their ids; plain text never gives one.
       generation_stop_ids: the ids of `eos_token_id` in `generation_config.json`; () without one.
-      digest: sha256 (hex) of the vocabulary, whatever tokens are added to it.
+      digest: sha256 (hex) of the vocabulary, independent of added tokens.
       chat_template: Jinja source, or None.
     """
 
     def __init__(self, files: Mapping[str, bytes], name: str):
-        files = resolved(files, name)
+        files = resolve_files(files, name)
         self._files, self._name = files, name
         self.config: Mapping[str, Any] = json_object(files["tokenizer_config.json"])
         spec = json_object(files["tokenizer.json"])
@@ -69,9 +69,9 @@ class Tokenizer:
         self.model_size = max(vocab.values(), default=-1) + 1
         added = spec["added_tokens"]
         special = [token["content"] for token in added if token["special"]]
-        # Names that no text can spell: nobody can guess the first characters.
-        key = "".join(chr(secrets.choice(_PRIVATE)) for _ in range(4))
-        self._marks = {token: f"{key}{chr(_PRIVATE[number])}" for number, token in enumerate(special)}
+        # Names that no text can contain: their first characters are random.
+        prefix = "".join(chr(secrets.choice(_PRIVATE)) for _ in range(4))
+        self._marks = {token: f"{prefix}{chr(_PRIVATE[i])}" for i, token in enumerate(special)}
         self._backend = build_backend(spec, added, self._marks)
         ids = {token["content"]: token["id"] for token in added}
         for token, index in ids.items():
@@ -144,7 +144,7 @@ class Tokenizer:
 
     @property
     def special_names(self) -> dict[str, str]:
-        """`bos_token` and its like to the tokens that they name, as chat templates read them."""
+        """`bos_token`, `eos_token`, ... to the tokens that they name, as chat templates read them."""
         named = {key: token for key, token in self.config.items() if key.endswith("_token")}
         return {key: token for key, token in named.items() if isinstance(token, str)}
 
@@ -155,8 +155,8 @@ class Tokenizer:
           prefix: False for text that follows a control token: it gets no space in front, except under `legacy`.
         """
         if not prefix:
-            before = self._marks[self._control_names[self.eos_id if self.bos_id is None else self.bos_id]]
-            return self._backend.encode(before + text, add_special_tokens=False).ids[1:]
+            marker = self._marks[self._control_names[self.eos_id if self.bos_id is None else self.bos_id]]
+            return self._backend.encode(marker + text, add_special_tokens=False).ids[1:]
         if self._fast is not None:
             return self._fast.encode(text)
         return self._backend.encode(text, add_special_tokens=False).ids
@@ -164,14 +164,14 @@ class Tokenizer:
     def encode_marked(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of text in which `mark_control_tokens` marked control tokens, and the characters [begin, end) of each.
 
-        A token for some bytes of a character has that whole character.
+        A token of some bytes of a character has the span of the whole character.
         """
         encoding = self._backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def mark_control_tokens(self, text: str) -> str:
         """Replaces each control token that the text spells by a name that stands for it in `encode_marked`."""
-        return self._pattern.sub(lambda found: self._marks.get(found[0], found[0]), text)
+        return self._pattern.sub(lambda match: self._marks.get(match[0], match[0]), text)
 
     def encode_with_control_tokens(self, text: str) -> list[int]:
         """Ids of text whose spelled control tokens are meant as such, as `transformers` reads every text."""
@@ -190,7 +190,7 @@ class Tokenizer:
     def separators(self) -> tuple[list[int], list[int]]:
         """The ids before and after a document of a corpus.
 
-        `begin_ids` and `end_ids`; without `end_ids` the text's end where eos ends a turn, else eos. None twice.
+        `begin_ids` and `end_ids` (without the latter: end-of-text if eos ends a turn, else eos); if equal, only after.
         """
         text_ends = [self.control_tokens[name] for name in _TEXT_ENDS if name in self.control_tokens]
         end = text_ends[0] if text_ends and self.token(self.eos_id) in TURN_ENDS else self.eos_id
@@ -200,7 +200,7 @@ class Tokenizer:
     def break_control_tokens(self, text: str, separator: str) -> str:
         """Puts a separator behind the first character of each control token that the text spells."""
         return self._pattern.sub(
-            lambda found: f"{found[0][:1]}{separator}{found[0][1:]}" if found[0] in self._marks else found[0],
+            lambda match: f"{match[0][:1]}{separator}{match[0][1:]}" if match[0] in self._marks else match[0],
             text,
         )
 
@@ -230,7 +230,7 @@ class Tokenizer:
             flush()
             if not skip_special:
                 text.append("\ufffd" if name is None else name)
-            # The space that encoding puts in front of a text stands before a document's first text alone.
+            # Encoding puts a space in front of a document's first text only.
             prefix = index == self.bos_id
         flush()
         return "".join(text)
@@ -242,7 +242,7 @@ class Tokenizer:
         return (self._backend.id_to_token(index) if index >= 0 else None) or "\ufffd"
 
     def token_bytes(self, index: int) -> bytes:
-        """What a token adds inside a text, in UTF-8: perhaps a part of a character. Of a control token its name."""
+        """UTF-8 bytes that a token adds inside a text, perhaps part of a character; for a control token its name."""
         piece = self.token(index)
         text = piece if index in self._control_names else self._decoders[False]([piece])
         if "\ufffd" not in text or piece == "\ufffd":
@@ -263,11 +263,11 @@ class Tokenizer:
         return None if token is None else self.find(token)
 
     def _generation_stop_ids(self) -> tuple[int, ...]:
-        found = json_object(self._files.get(GENERATION_CONFIG, b"{}")).get("eos_token_id")
-        ids = found if isinstance(found, list) else [] if found is None else [found]
+        value = json_object(self._files.get(GENERATION_CONFIG, b"{}")).get("eos_token_id")
+        ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(index, int) and not isinstance(index, bool) and index >= 0 for index in ids):
             raise UserError(
-                f"{self._name}: eos_token_id of {GENERATION_CONFIG} is {found!r}, not an id or a list of ids"
+                f"{self._name}: eos_token_id of {GENERATION_CONFIG} is {value!r}, not an id or a list of ids"
             )
         return tuple(ids)
 
@@ -275,7 +275,7 @@ class Tokenizer:
 def compatible(tokenizer: Tokenizer, digest: str, added_tokens: Mapping[str, int]) -> bool:
     """Whether ids made with (digest, added_tokens) mean the same to `tokenizer`.
 
-    So a tokenizer reads what was made with it before tokens were added, and not the reverse.
+    So a tokenizer can read data that was made before tokens were added to it, but not the reverse.
     """
     found = {token: tokenizer.find(token) for token in added_tokens}
     return tokenizer.digest == digest and found == added_tokens

@@ -83,24 +83,24 @@ def revise(
         )
     size = max([tokenizer.model_size, *(index + 1 for index in kept.values())])
     new = [token for token in add if token in dropped or token not in tokenizer.control_tokens]
-    if known := [token for token in new if token not in dropped and tokenizer.find(token) is not None]:
-        raise UserError(f"cannot add {known[0]!r}: it is plain text in the vocabulary already; leave it out")
-    old = tokenizer.chat_template
-    if old is not None and any(token in old for token in dropped):
-        old = None
+    if taken := [token for token in new if token not in dropped and tokenizer.find(token) is not None]:
+        raise UserError(f"cannot add {taken[0]!r}: it is plain text in the vocabulary already; leave it out")
+    template = tokenizer.chat_template
+    if template is not None and any(token in template for token in dropped):
+        template = None
     spec = json.loads(tokenizer.files()["tokenizer.json"])
     spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] not in dropped]
     obsolete = [key for key, token in tokenizer.config.items() if key.endswith("_token") and token in dropped]
-    made = make_files(
+    files = make_files(
         tokenizer.sentencepiece,
         tokenizer_json=spec,
         added_tokens=kept | {token: size + index for index, token in enumerate(new)},
-        chat_template=chat_template or old,
+        chat_template=chat_template or template,
         config={key: value for key, value in tokenizer.config.items() if key not in obsolete},
     )
     if stops := [index for index in tokenizer.generation_stop_ids if index < keep]:
-        made[GENERATION_CONFIG] = dump({"eos_token_id": stops})
-    return made
+        files[GENERATION_CONFIG] = dump({"eos_token_id": stops})
+    return files
 
 
 def write_directory(path: epath.PathLike, model: bytes) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Tools, and calls of them, as text: for chat templates that have no place for these."""
+"""Tools and tool calls as text, for chat templates that do not support them."""
 
 import json
 import re
@@ -30,12 +30,12 @@ def for_template(
     """
     turns = list(messages)
     if "tool_calls" not in template:
-        turns = [_with_spelled_calls(turn) if turn.get("tool_calls") else turn for turn in turns]
+        turns = [_calls_as_text(turn) if turn.get("tool_calls") else turn for turn in turns]
     if tools and not _TOOLS.search(template):
         if turns[0]["role"] == "assistant":  # whose words are trained on
-            turns.insert(0, {"role": "system", "content": _described(tools)})
+            turns.insert(0, {"role": "system", "content": _tools_prompt(tools)})
         else:
-            turns[0] = {**turns[0], "content": f"{_described(tools)}\n\n{turns[0]['content']}"}
+            turns[0] = {**turns[0], "content": f"{_tools_prompt(tools)}\n\n{turns[0]['content']}"}
         tools = ()
     return turns, tools
 
@@ -61,7 +61,7 @@ def _is_named(function: Any) -> bool:
     return isinstance(function, Mapping) and isinstance(function.get("name"), str)
 
 
-def _with_spelled_calls(turn: Mapping[str, Any]) -> dict[str, Any]:
+def _calls_as_text(turn: Mapping[str, Any]) -> dict[str, Any]:
     calls = []
     for call in turn["tool_calls"]:
         name, arguments = call["function"]["name"], call["function"].get("arguments") or {}
@@ -71,7 +71,7 @@ def _with_spelled_calls(turn: Mapping[str, Any]) -> dict[str, Any]:
     return {**turn, "content": content, "tool_calls": None}
 
 
-def _described(tools: Tools) -> str:
+def _tools_prompt(tools: Tools) -> str:
     return (
         f"You can use these tools:\n{json.dumps(list(tools), ensure_ascii=False)}\n"
         'Call one with <tool_call>\n{"name": "...", "arguments": {...}}\n</tool_call>; you see its result.'

@@ -1,6 +1,6 @@
-"""What training has done to each held-out task and group since its start, and to the balance between them.
+"""How each held-out task and group has changed since the start of training, and the balance between them.
 
-docs/evaluation.md says why the score is what it is.
+docs/evaluation.md explains the score.
 """
 
 import math
@@ -11,16 +11,16 @@ Groups = Mapping[str, Sequence[str]]
 
 
 def group_ratios(first: Mapping[str, float], now: Mapping[str, float], groups: Groups) -> dict[str, float]:
-    """Bits per byte against those at the start, a geometric mean over the tasks of each group.
+    """Bits per byte relative to those at the start, a geometric mean over the tasks of each group.
 
-    Tasks that were not scored at the start are left out, and groups without one.
+    Tasks that were not scored at the start are left out, as are groups in which no task was.
     """
-    found = {}
+    ratios = {}
     for name, tasks in groups.items():
-        known = [task for task in tasks if first.get(task) and now.get(task)]
-        if known:
-            found[name] = statistics.geometric_mean(now[task] / first[task] for task in known)
-    return found
+        scored = [task for task in tasks if first.get(task) and now.get(task)]
+        if scored:
+            ratios[name] = statistics.geometric_mean(now[task] / first[task] for task in scored)
+    return ratios
 
 
 def balance(ratios: Mapping[str, float]) -> float:

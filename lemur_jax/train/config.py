@@ -137,9 +137,9 @@ class EvalConfig:
             require(getattr(self, key) >= 0, f"eval.{key}", getattr(self, key), "0 or more")
         require(len(set(self.tasks)) == len(self.tasks), "eval.tasks", self.tasks, "each task once")
         for name, members in self.groups.items():
-            known = members and set(members) <= set(self.tasks)
+            valid = members and set(members) <= set(self.tasks)
             require(
-                bool(known), f"eval.groups.{name}", members, f"one or more of config.eval.tasks {self.tasks}"
+                bool(valid), f"eval.groups.{name}", members, f"one or more of config.eval.tasks {self.tasks}"
             )
 
     @property

@@ -31,7 +31,7 @@ class Copies:
     def differentiate(self, gradient_of: Callable) -> Callable:
         """`gradient_of`, (params, batch) -> (gradient, sums), with a leading axis C in the gradient.
 
-        Its sums of rows come back as [B]; those over the batch, which are [], as [C].
+        Its sums over rows come back as [B]; its scalar sums over the batch as [C].
         """
 
         def split(x):
@@ -42,26 +42,26 @@ class Copies:
 
         def by_copy(params, batch):
             gradient, sums = mapped(params, jax.tree.map(split, batch))
-            return self._apart(gradient), jax.tree.map(lambda x: x.reshape(-1), sums)
+            return self._shard_by_copy(gradient), jax.tree.map(lambda x: x.reshape(-1), sums)
 
         return by_copy
 
     def zeros(self, params: Any) -> Any:
         """float32 zeros of the parameters' shapes with a leading axis C."""
         copies = self.mesh.shape[COPY]
-        return self._apart(jax.tree.map(lambda p: jnp.zeros((copies, *p.shape), jnp.float32), params))
+        return self._shard_by_copy(jax.tree.map(lambda p: jnp.zeros((copies, *p.shape), jnp.float32), params))
 
     def sum(self, gradient: Any) -> Any:
         """The sum over the leading axis C."""
 
         def total(g, sharding):
             zero = jnp.zeros((), self.dtype)
-            whole = jax.lax.reduce(g.astype(self.dtype), zero, jax.lax.add, (0,)).astype(g.dtype)
-            return jax.lax.with_sharding_constraint(whole, sharding)
+            summed = jax.lax.reduce(g.astype(self.dtype), zero, jax.lax.add, (0,)).astype(g.dtype)
+            return jax.lax.with_sharding_constraint(summed, sharding)
 
         return jax.tree.map(total, gradient, self.shardings)
 
-    def _apart(self, gradient: Any) -> Any:
+    def _shard_by_copy(self, gradient: Any) -> Any:
         return jax.tree.map(lambda g, sharding: self._place(g, *sharding.spec), gradient, self.shardings)
 
     def _place(self, x: jax.Array, *entries: Any) -> jax.Array:

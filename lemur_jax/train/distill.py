@@ -3,7 +3,7 @@
 At each position the teacher gives its K most likely tokens; all others are one more outcome. The divergence of these
 K + 1 probabilities is at most that of the whole distributions, and equal to it for K = V.
 
-The positions are those with loss: of any text (off-policy), or what the student itself sampled (`lemur rl`).
+Only positions with loss count, in any text (off-policy) or in text that the student sampled (`lemur rl`).
 
 Axis legend: B batch row, T position, D model, K outcomes, V vocabulary.
 """
@@ -34,8 +34,8 @@ def divergence(logprobs: jax.Array, top: jax.Array, ids: jax.Array, reverse: boo
         return jnp.concatenate([top, jnp.log(others)], axis=-1)
 
     teacher, student = with_others(top), with_others(jnp.take_along_axis(logprobs, ids, axis=-1))
-    left, right = (student, teacher) if reverse else (teacher, student)
-    return jnp.sum(jnp.exp(left) * (left - right), axis=-1)
+    log_p, log_q = (student, teacher) if reverse else (teacher, student)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 
 def distillation(options: DistillConfig, teacher: DecoderConfig) -> Objective:
@@ -55,17 +55,17 @@ def distillation(options: DistillConfig, teacher: DecoderConfig) -> Objective:
             return divergence(logprobs, top, ids, options.reverse), chosen
 
         weights, hidden = batch["loss_weights"], hidden_states(model, batch)
-        found, chosen = by_chunk(model, chunk, hidden, batch["targets"], batch[LOGPROBS], batch[IDS])
+        kl, chosen = by_chunk(model, chunk, hidden, batch["targets"], batch[LOGPROBS], batch[IDS])
         total = jnp.sum(weights)
-        of_rows = jnp.sum(weights * (options.weight * found - (1 - options.weight) * chosen), axis=-1)
+        row_losses = jnp.sum(weights * (options.weight * kl - (1 - options.weight) * chosen), axis=-1)
         metrics = {
-            "divergence": (jnp.sum(weights * found), total),
+            "divergence": (jnp.sum(weights * kl), total),
             "negative_logprob": (-jnp.sum(weights * chosen), total),
         }
         if "sampling_logprobs" in batch:
             gap = jnp.abs(chosen - batch["sampling_logprobs"])
             metrics["logprob_gap"] = jnp.sum(jnp.where(weights > 0, gap, 0.0)), total
-        rows = RowSums(loss=of_rows, z=None, weight=jnp.sum(weights, axis=-1))
-        return Loss(jnp.sum(of_rows), rows, metrics)
+        rows = RowSums(loss=row_losses, z=None, weight=jnp.sum(weights, axis=-1))
+        return Loss(jnp.sum(row_losses), rows, metrics)
 
     return Objective(loss=loss, reference=top_of_teacher, teacher=teacher)

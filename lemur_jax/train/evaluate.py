@@ -1,4 +1,4 @@
-"""Held-out loss of each task, over its whole validation store, and what it was before training."""
+"""Held-out loss of each task over its whole validation store, compared with that before training."""
 
 import collections
 import contextlib
@@ -16,7 +16,7 @@ from lemur_jax.data.config import DataConfig
 from lemur_jax.data.loader import chosen_rows, held_out_batches
 from lemur_jax.data.mixture import open_rows
 from lemur_jax.data.rows import Rows
-from lemur_jax.parallel.rules import batch_sharding, batch_ways
+from lemur_jax.parallel.rules import batch_sharding, batch_shards
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.balance import balance, group_ratios
 from lemur_jax.train.config import EvalConfig, InitConfig
@@ -24,7 +24,7 @@ from lemur_jax.train.history import RunHistory
 from lemur_jax.train.saves import due
 from lemur_jax.train.step import Program
 
-# Batches that the devices have got and not answered: enough to keep them busy, few enough to stop soon.
+# Batches in flight on the devices: enough to keep them busy, few enough to stop soon.
 _IN_FLIGHT = 2
 
 
@@ -42,18 +42,18 @@ def open_held_out(data: DataConfig, options: EvalConfig, tokenizer: Tokenizer) -
 
     The bytes of all rows are the store's; those of `eval.max_rows` of them are counted by decoding their targets.
     """
-    found = []
+    held_out = []
     for task in options.tasks:
         rows = open_rows(data, tokenizer, task, "validation")
         chosen = chosen_rows(len(rows), options.max_rows)
-        is_whole = len(chosen) == len(rows) and not rows.truncated
-        num_bytes = rows.store.manifest.bytes if is_whole else count_bytes(rows, chosen, tokenizer)
-        found.append(HeldOut(task=task, rows=rows, num_bytes=num_bytes))
-    return found
+        is_complete = len(chosen) == len(rows) and not rows.truncated
+        num_bytes = rows.store.manifest.bytes if is_complete else count_bytes(rows, chosen, tokenizer)
+        held_out.append(HeldOut(task=task, rows=rows, num_bytes=num_bytes))
+    return held_out
 
 
 def count_bytes(rows: Rows, chosen: np.ndarray, tokenizer: Tokenizer) -> int:
-    """UTF-8 bytes of the supervised targets of rows; a character that the end of a row divides counts roughly."""
+    """UTF-8 bytes of the supervised targets of rows; a character split by the end of a row counts approximately."""
 
     def size(ids: list[int]) -> int:
         return len(tokenizer.decode(ids, skip_special=True).encode())
@@ -65,9 +65,9 @@ def count_bytes(rows: Rows, chosen: np.ndarray, tokenizer: Tokenizer) -> int:
         supervised = batch["loss_weights"][0] > 0
         for run in np.split(np.arange(rows.length), np.flatnonzero(np.diff(supervised)) + 1):
             if supervised[run[0]]:
-                # After the token before it, a run keeps the space that it begins with.
-                before = [int(tokens[run[0]])]
-                count += size(before + targets[run].tolist()) - size(before)
+                # Decoded after the previous token, a run keeps its leading space.
+                previous = [int(tokens[run[0]])]
+                count += size(previous + targets[run].tolist()) - size(previous)
     return count
 
 
@@ -81,7 +81,7 @@ class EvaluationSteps:
     last: int  # the last update
 
     def is_regular(self, step: int) -> bool:
-        """Whether every run of this config is scored at this step, whatever requests to stop came before."""
+        """Whether every run of this config is scored at this step, regardless of earlier requests to stop."""
         if not step:
             return bool(self.init.checkpoint)
         compared_every = self.checkpoint.every_steps if self.checkpoint.keep_best else 0
@@ -96,13 +96,13 @@ def evaluate(
     max_rows: int,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any] | None:
-    """Scores one task: `task, loss` (nats a target token)`, bits_per_byte, tokens, bytes`; None where it was stopped.
+    """Scores one task: `task`, `loss` (nats a target token), `bits_per_byte`, `tokens`, `bytes`; None if stopped.
 
     `batch_rows` is rounded up to what the mesh divides; `max_rows` are chosen by `data.loader.chosen_rows` (0: all).
-    `should_stop` is asked before every batch, equally often on all hosts.
+    `should_stop` is called before every batch, equally often on all hosts.
     """
-    ways = batch_ways(program.mesh)
-    batch_rows = math.ceil(batch_rows / ways) * ways
+    shards = batch_shards(program.mesh)
+    batch_rows = math.ceil(batch_rows / shards) * shards
     sums: list[Any] = []
     with contextlib.closing(
         held_out_batches(held_out.rows, batch_rows, batch_sharding(program.mesh), max_rows=max_rows)
@@ -110,8 +110,8 @@ def evaluate(
         for batch in batches:
             if should_stop():
                 return None
-            found = program.score(params, batch)
-            sums.append((found.loss, found.weight))
+            result = program.score(params, batch)
+            sums.append((result.loss, result.weight))
             if len(sums) > _IN_FLIGHT:
                 jax.block_until_ready(sums[-1 - _IN_FLIGHT])
     sums = jax.device_get(sums)
@@ -129,7 +129,7 @@ def evaluate(
 class Evaluations:
     """The held-out evaluations of a run: scored, recorded, and compared with the one before step 1.
 
-    `history` has the scores of earlier processes; `should_stop` is asked before every batch, equally often on all
+    `history` has the scores of earlier processes; `should_stop` is called before every batch, equally often on all
     hosts.
     """
 
@@ -146,7 +146,7 @@ class Evaluations:
         self._writer = history.writer
         self._batch_rows = steps.options.batch_rows or batch_rows
         self._should_stop = should_stop
-        # Bits per byte by step and task; those of the start where they are of the same text, as `eval.max_rows` and a
+        # Bits per byte by step and task. Those of step 0 only if they are of the same text: `eval.max_rows` or a
         # validation store may have changed since.
         self._bits: dict[int, dict[str, float]] = collections.defaultdict(dict)
         sizes = {task.task: task.num_bytes for task in held_out}
@@ -159,7 +159,7 @@ class Evaluations:
     def unscored(self, step: int) -> list[str]:
         """Tasks that must be scored before the run continues from a step; all hosts call it and get the same.
 
-        That is so at the first start, and where a request to stop came during an evaluation.
+        There are some at the first start, and after a request to stop that came during an evaluation.
         """
         scored = self._bits[step]
         needed = is_primary() and (bool(scored) or self._steps.is_regular(step))
@@ -180,7 +180,7 @@ class Evaluations:
         `only`: these tasks; the others were scored at this step before.
         """
         losses: dict[str, float] = {}
-        first, bits = self._bits[0], self._bits[step]
+        initial, current = self._bits[0], self._bits[step]
         for task in self._held_out:
             if only is not None and task.task not in only:
                 continue
@@ -188,21 +188,21 @@ class Evaluations:
                 self._program, params, task, self._batch_rows, self._options.max_rows, self._should_stop
             )
             if record is None:
-                later = bool(bits) or self._steps.is_regular(step)
+                is_repeated = bool(current) or self._steps.is_regular(step)
                 consequence = (
-                    "repeated at the next start" if later else "its checkpoint is not among the best"
+                    "repeated at the next start" if is_repeated else "its checkpoint is not among the best"
                 )
                 inform(f"step {step}: held-out evaluation stopped; {consequence}")
                 return losses
-            losses[task.task], bits[task.task] = record["loss"], record["bits_per_byte"]
+            losses[task.task], current[task.task] = record["loss"], record["bits_per_byte"]
             figures = f"{record['loss']:.4f} nats/token, {record['bits_per_byte']:.4f} bits/byte"
-            if step and (before := first.get(task.task)):
-                record["change"] = record["bits_per_byte"] / before - 1
+            if step and (initial_value := initial.get(task.task)):
+                record["change"] = record["bits_per_byte"] / initial_value - 1
                 figures += f" ({record['change']:+.1%} since the start)"
             if self._writer:
                 self._writer.write({"step": step, "kind": "eval", **record})
             inform(f"step {step}: held-out {task.task}: {figures}")
-        if step and (ratios := group_ratios(first, bits, self._options.task_groups)):
+        if step and (ratios := group_ratios(initial, current, self._options.task_groups)):
             self._write_balance(ratios, step)
         return losses
 
@@ -211,5 +211,5 @@ class Evaluations:
         changes = {f"change/{name}": ratio - 1 for name, ratio in ratios.items()}
         if self._writer:
             self._writer.write({"step": step, "kind": "balance", "balance": score, **changes})
-        shown = ", ".join(f"{name} {ratio - 1:+.1%}" for name, ratio in ratios.items())
-        inform(f"step {step}: balance {score:+.1%} ({shown} bits/byte)")
+        summary = ", ".join(f"{name} {ratio - 1:+.1%}" for name, ratio in ratios.items())
+        inform(f"step {step}: balance {score:+.1%} ({summary} bits/byte)")

@@ -47,10 +47,10 @@ class InitialParams:
         shardings, dtype = shardings_of(program.state.params), program.param_dtype
         if self.adapter.checkpoint:
             return jax.device_put(read_peft(self.adapter, program.model, dtype), shardings)
-        fresh = jax.jit(
+        init_fn = jax.jit(
             lambda key: lora.init_adapter(self.adapter, program.model, key, dtype), out_shardings=shardings
         )
-        return fresh(key)
+        return init_fn(key)
 
     def frozen(self, origins: Origins) -> Any:
         """What is not trained: the base of an adapter, a reference, a teacher of the same vocabulary, or None."""
@@ -66,11 +66,11 @@ class InitialParams:
         if dtype != "int8":
             return source.restore(decoder.abstract_params(model, dtype, mesh))
         # Leaf by leaf: the whole model in bfloat16 may be more than the devices hold.
-        wanted = decoder.abstract_params(model, "bfloat16", mesh)
-        return source.restore(wanted, leaf_quantizer(model, mesh))
+        abstract = decoder.abstract_params(model, "bfloat16", mesh)
+        return source.restore(abstract, leaf_quantizer(model, mesh))
 
     def check(self, resumed: bool, origins: Origins) -> list[str]:
-        """Opens what a start reads, without the weights of a model, and names it; `resumed`: the run has checkpoints.
+        """Opens what a start reads, but no weights, and returns the paths; `resumed`: the run has checkpoints.
 
         Raises UserError as `params` and `frozen`.
         """
@@ -127,8 +127,8 @@ def initial_params(
         return _read(open_initial(init, tokenizer, program.model, origins), init, program)
     model, dtype = program.model, program.param_dtype
     shardings = shardings_of(decoder.abstract_params(model, dtype, program.mesh))
-    fresh = jax.jit(lambda key: decoder.init_params(model, key, dtype), out_shardings=shardings)
-    return fresh(jax.random.key(seed))
+    init_fn = jax.jit(lambda key: decoder.init_params(model, key, dtype), out_shardings=shardings)
+    return init_fn(jax.random.key(seed))
 
 
 def _read(source: ModelSource, init: InitConfig, program: Program) -> Any:
@@ -162,26 +162,26 @@ def open_initial(
     return source
 
 
-def _check_tokenizer(key: str, path: str, source: ModelSource, ours: Tokenizer, kept: int = 0) -> None:
-    """That the ids whose rows are kept mean what they did; files of one tokenizer in other formats are one."""
-    theirs = Tokenizer.from_files(source.tokenizer_files)
-    kept = kept or source.model.vocab_size
-    for index in range(min(kept, theirs.vocab_size, ours.vocab_size)):
-        if theirs.token(index) != ours.token(index):
+def _check_tokenizer(key: str, path: str, source: ModelSource, current: Tokenizer, num_kept: int = 0) -> None:
+    """UserError: an id whose row is kept is another token in `current`; the file formats may differ."""
+    stored = Tokenizer.from_files(source.tokenizer_files)
+    num_kept = num_kept or source.model.vocab_size
+    for index in range(min(num_kept, stored.vocab_size, current.vocab_size)):
+        if stored.token(index) != current.token(index):
             raise UserError(
-                f"config.{key} {path} was trained with another tokenizer: id {index} is {theirs.token(index)!r} there"
-                f" and {ours.token(index)!r} in config.tokenizer.path: take the same, or where parameters come from"
+                f"config.{key} {path} was trained with another tokenizer: id {index} is {stored.token(index)!r} there"
+                f" and {current.token(index)!r} in config.tokenizer.path: take the same, or where parameters come from"
                 " it, forget rows with config.init.drop_rows_above"
             )
 
 
-def _check_shape(source: DecoderConfig, wanted: DecoderConfig, init: InitConfig) -> None:
-    free = {"vocab_size", "initializer_range", "max_position_embeddings"}
-    theirs, ours = source.to_dict(), wanted.to_dict()
-    for field, value in theirs.items():
+def _check_shape(source: DecoderConfig, expected: DecoderConfig, init: InitConfig) -> None:
+    ignored = {"vocab_size", "initializer_range", "max_position_embeddings"}
+    stored, config = source.to_dict(), expected.to_dict()
+    for field, value in stored.items():
         is_rope = field.startswith("rope_")
-        if field not in free and value != ours[field] and not (is_rope and init.change_rope):
+        if field not in ignored and value != config[field] and not (is_rope and init.change_rope):
             raise UserError(
-                f"config.init.checkpoint {init.checkpoint} has model.{field} {value}, the config {ours[field]}:"
+                f"config.init.checkpoint {init.checkpoint} has model.{field} {value}, the config {config[field]}:"
                 f" they must be the same model{', or set config.init.change_rope' if is_rope else ''}"
             )

@@ -22,7 +22,7 @@ from lemur_jax.train.steplog import BatchSource
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What the config names, opened: nothing is written yet, and no state is made."""
+    """The opened inputs of a run; nothing is written yet, and no state is made."""
 
     tokenizer: Tokenizer
     mixture: BatchSource
@@ -49,7 +49,7 @@ def open_data(config: RunConfig, build: Callable[..., step.Program]) -> Inputs:
 
 
 def open_stores(config: RunConfig) -> tuple[Tokenizer, Mixture, list[HeldOut]]:
-    """The tokenizer and what it has made tokens of; UserError as `open_data`."""
+    """The tokenizer and the data that it has tokenized; UserError as `open_data`."""
     tokenizer = Tokenizer.from_config(config.tokenizer)
     mixture = open_run_mixture(config.data, config.train, tokenizer, config.seed)
     check_preferences(config.preference.loss, mixture.sources)
@@ -70,22 +70,22 @@ def check_preferences(loss: str, sources: Sequence[Source]) -> None:
     """UserError: `config.preference.loss` does not fit a source; it would learn rejected answers, or nothing."""
     for source in sources:
         store = source.rows.store
-        what = f"config.preference.loss is {loss!r}, but data.sources.{source.name} has"
+        prefix = f"config.preference.loss is {loss!r}, but data.sources.{source.name} has"
         if loss and not store.manifest.preferences:
-            raise UserError(f"{what} no preferences")
+            raise UserError(f"{prefix} no preferences")
         if store.manifest.preferences and not loss:
             raise UserError(
-                f"{what} preferences: name a loss, as rejected answers would be trained on like chosen ones"
+                f"{prefix} preferences: name a loss, as rejected answers would be trained on like chosen ones"
             )
         if loss in ("", "kto"):
             continue
         if not store.has_pairs():
             raise UserError(
-                f"{what} no pairs of a chosen and a rejected conversation: `kto` alone learns without"
+                f"{prefix} no pairs of a chosen and a rejected conversation: `kto` alone learns without"
             )
         if getattr(source.rows, "without_targets", 0) == store.num_documents:
             raise UserError(
-                f"{what} only pairs with an answer beyond data.sequence_length: raise it, or shorten the prompts"
+                f"{prefix} only pairs with an answer beyond data.sequence_length: raise it, or shorten the prompts"
             )
 
 

@@ -94,9 +94,9 @@ def train(
         if is_primary():  # only now: until here, wrong first parameters can be corrected in the config
             claim(values, workdir)
         stop = stack.enter_context(Interruption(config.checkpoint.grace_s))
-        when = EvaluationSteps(config.eval, config.checkpoint, config.init, last=steps)
+        schedule = EvaluationSteps(config.eval, config.checkpoint, config.init, last=steps)
         rows = config.train.microbatch_rows
-        evaluations = Evaluations(inputs.program, rows, when, inputs.held_out, history, stop.reached)
+        evaluations = Evaluations(inputs.program, rows, schedule, inputs.held_out, history, stop.should_stop)
         unscored = evaluations.unscored(first)
         if first == steps and not unscored:
             inform(f"{workdir}: already finished at step {first}")
@@ -108,12 +108,12 @@ def train(
         if unscored:
             score_before_the_first_step(evaluations, log, inputs.program.weights(state), first, unscored)
         run = Run(config=config, inputs=inputs, saves=saves, evaluations=evaluations, log=log, stop=stop)
-        with jax.transfer_guard("disallow"):  # what moves between host and device says so
+        with jax.transfer_guard("disallow"):  # transfers between host and device must be explicit
             return run_steps(run, state, first, profile, workdir / "profile")
 
 
 def check_before_start(inputs: Inputs, log: LogConfig) -> None:
-    """UserError: a kernel refuses the batch, a package of `config.log` is missing, or hosts have other code or data."""
+    """UserError: a kernel refuses the batch, a package of `config.log` is missing, or hosts differ in code or data."""
     check_installed(log)
     inputs.program.trace()
     code = "the code of lemur_jax, or the version of Python or a library (`lemur doctor` shows them),"
@@ -129,9 +129,9 @@ def warn_of_unused_options(values: Mapping[str, Any]) -> None:
 
 
 def check_same_workdir(workdir: epath.Path) -> None:
-    """UserError: hosts have other workdirs, each on its own disk; each would save its part of every checkpoint there.
+    """UserError: hosts do not share the workdir; each would save its part of every checkpoint on its own disk.
 
-    The others wait here for the primary, which looks for another run first.
+    The other hosts wait here for the primary, which first checks for another run.
     """
     if jax.process_count() == 1:
         return
@@ -140,8 +140,8 @@ def check_same_workdir(workdir: epath.Path) -> None:
         probe.write_text("")
     try:
         barrier("workdir", 2 * WAIT_SECONDS)  # longer than a collective waits for the primary
-        seen = (workdir / from_primary(probe.name)).exists()
-        agree("the workdir (all hosts must see the same files)", lambda: str(seen))
+        is_visible = (workdir / from_primary(probe.name)).exists()
+        agree("the workdir (all hosts must see the same files)", lambda: str(is_visible))
     finally:
         if is_primary():
             probe.unlink()
@@ -152,20 +152,20 @@ def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_p
     config, saves, evaluations, log, stop = run.config, run.saves, run.evaluations, run.log, run.stop
     program, done = run.inputs.program, first
     loader, rollouts = run.inputs.loader, run.inputs.rollouts
-    batches = () if stop.asked else log.waiting(loader.iterate(first, config.train.steps))
-    for number, batch in trace_steps(batches, profile, profile_path, finish=log.flush):
-        state, metrics = rollouts.update(number, state) if rollouts else program.step(state, batch)
-        done = number + 1
+    batches = () if stop.requested else log.waiting(loader.iterate(first, config.train.steps))
+    for index, batch in trace_steps(batches, profile, profile_path, finish=log.flush):
+        state, metrics = rollouts.update(index, state) if rollouts else program.step(state, batch)
+        done = index + 1
         log.add(done, metrics)
-        limit = config.spikes.rollback_after  # only where it is set does the host wait for the step here
+        limit = config.spikes.rollback_after  # the host waits for the step here only if it is set
         rolled_back = limit > 0 and int(jax.device_get(metrics["skips_in_a_row"])) >= limit
         if rolled_back:
             log.flush()
             with log.paused("checkpoint"):
                 state, target = saves.roll_back(state, loader, config.spikes.max_rollbacks)
-            log.rolled_back(done, target)
+            log.write_rollback(done, target)
         # All hosts agree on a request to stop. It is read once, as a signal may come at any time ...
-        stopping = stop.reached()
+        stopping = stop.should_stop()
         if due(done, config.log.every_steps):
             saves.poll()  # ... and on whether a save is late or has failed
         save = saves.due(done, force=rolled_back or stopping)
@@ -174,7 +174,7 @@ def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_p
             log.flush()
             with log.paused("eval"):
                 losses = evaluations.score(program.weights(state), done)
-            stopping = stop.asked  # a request may have come meanwhile
+            stopping = stop.requested  # a request may have come meanwhile
             save = save or stopping
         if save:
             log.flush()  # parameters that are not finite are never saved
@@ -186,10 +186,10 @@ def run_steps(run: Run, state: TrainState, first: int, profile: range, profile_p
             log.flush(keep=1)  # the newest step may still be running
         if stopping:
             break
-    if stop.asked:
+    if stop.requested:
         saved = f"step {done} is saved" if done > first else f"no step was made after step {first}"
         inform(f"{stop.cause}: {saved}; the same command continues from there")
-    return stop.asked
+    return stop.requested
 
 
 def open_saves(config: RunConfig, workdir: epath.Path, inputs: Inputs) -> Saves:
@@ -230,7 +230,7 @@ def score_before_the_first_step(
 
 
 def describe(inputs: Inputs, steps: int, first: int, profile: range) -> str:
-    """What is about to be trained, in lines for a person."""
+    """Lines for the log: the data, the model, the mesh and the batch."""
     mesh, mixture = inputs.program.mesh, inputs.mixture
     axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     parameters = num_params(inputs.program.model) / 1e6

@@ -23,7 +23,7 @@ class RowSums(NamedTuple):
 def row_sums(model: Decoder, hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> RowSums:
     """Cross-entropy of the head's logits, in chunks of positions.
 
-    A chunk is the largest divisor of T up to `compute.loss_chunk`: logits [B, T, V] are never there at once.
+    A chunk is the largest divisor of T up to `compute.loss_chunk`: the logits [B, T, V] are never in memory at once.
 
     Args:
       model: for its head and for `compute.loss_chunk`.
@@ -50,7 +50,7 @@ def _target_logits(model: Decoder, hidden: jax.Array, targets: jax.Array) -> tup
 
     def chunk(hidden, targets):
         logits = model.logits(hidden)
-        # A sum over a comparison keeps a vocabulary that is cut over `tensor` where it is; a gather would not.
+        # A sum over a comparison leaves a vocabulary that is sharded over `tensor` in place; a gather would not.
         hit = targets[..., None] == jnp.arange(logits.shape[-1])
         return jnp.sum(jnp.where(hit, logits, 0.0), axis=-1), jax.nn.logsumexp(logits, axis=-1)
 
@@ -58,23 +58,23 @@ def _target_logits(model: Decoder, hidden: jax.Array, targets: jax.Array) -> tup
 
 
 def by_chunk(model: Decoder, function: Callable, *arrays: jax.Array) -> Any:
-    """What a function of positions makes of arrays [B, T, ...], in chunks as `row_sums`: arrays [B, T, ...]."""
+    """Applies a function of positions to arrays [B, T, ...] in chunks, as `row_sums`; returns arrays [B, T, ...]."""
     B, T = arrays[0].shape[:2]
-    ways = model.compute.mesh.shape["sequence"] if model.compute.mesh else 1
+    shards = model.compute.mesh.shape["sequence"] if model.compute.mesh else 1
     sizes = range(min(model.compute.loss_chunk or T, T), 0, -1)
-    size = next((size for size in sizes if T % size == 0 and size % ways == 0), T)
+    size = next((size for size in sizes if T % size == 0 and size % shards == 0), T)
     if size == T:
         return function(*arrays)
 
     def split(x):  # [B, T, ...] -> [T / size, B, size, ...]
-        # Every chunk takes as much of each device's slice of positions, so that all have work in each.
-        x = jnp.moveaxis(x.reshape(B, ways, T // size, size // ways, *x.shape[2:]), 2, 0)
+        # Every chunk takes an equal part of each device's slice of positions, so that all devices have work.
+        x = jnp.moveaxis(x.reshape(B, shards, T // size, size // shards, *x.shape[2:]), 2, 0)
         return x.reshape(T // size, B, size, *x.shape[4:])
 
     def merge(x):
-        more = x.shape[3:]
-        return jnp.moveaxis(x.reshape(T // size, B, ways, size // ways, *more), 0, 2).reshape(B, T, *more)
+        rest = x.shape[3:]
+        return jnp.moveaxis(x.reshape(T // size, B, shards, size // shards, *rest), 0, 2).reshape(B, T, *rest)
 
     # The logits of a chunk are computed again in the backward pass rather than kept.
-    body = jax.checkpoint(lambda _, part: (None, function(*part)), prevent_cse=False)
+    body = jax.checkpoint(lambda _, chunk: (None, function(*chunk)), prevent_cse=False)
     return jax.tree.map(merge, jax.lax.scan(body, None, tuple(map(split, arrays)))[1])

@@ -48,11 +48,11 @@ class Objective:
       arrays: further arrays of the batch, [B] or [B, T]: name -> (1 or 2 dimensions, dtype), e.g.
         {"advantages": (2, "float32")}. They are sharded and divided into microbatches like the others.
       reference: (model with the first parameters of the run, batch) -> further arrays of the batch, without gradient:
-        `reference_logprobs`, or what it calls. Those parameters then stay on the devices: the base of an adapter, or a
+        `reference_logprobs`, or others. Those parameters then stay on the devices: the base of an adapter, or a
         copy. None: no reference.
-      teacher: of what shape those first parameters are, if they are not of the run's model but of `config.distill`.
-      additive: whether the sums of parts of a batch add up to those of the batch; False where a mean over the batch
-        enters, which then is one of the microbatch.
+      teacher: the model of those first parameters, if it is that of `config.distill` and not the run's.
+      additive: whether the sums of parts of a batch add up to those of the batch; False if the loss has a mean over
+        the batch, which is then taken over a microbatch.
     """
 
     loss: Callable[[Decoder, Batch], Loss]
@@ -83,7 +83,7 @@ def hidden_states(model: Decoder, batch: Batch) -> jax.Array:
 def token_logprobs(model: Decoder, batch: Batch) -> jax.Array:
     """Log-probability of each target given all before it in its segment, in nats: float32 [B, T].
 
-    It is defined at every position with a target, whatever `loss_weights` says; mask what must not count.
+    It is defined at every position with a target, regardless of `loss_weights`; mask what must not count.
     """
     return target_logprobs(model, hidden_states(model, batch), batch["targets"])
 
@@ -117,7 +117,7 @@ def _with_routers(loss: Loss, routers: Router, options: OptimizerConfig) -> Loss
     """With the losses of the routers, [L] each: a mean over layers and tokens, weighted like the tokens' losses."""
     weight = jnp.sum(loss.rows.weight)
     balance, z = (jnp.mean(routers[name]) for name in ("balance", "z"))
-    found = {"balance": balance, "z": z, "max_load": jnp.max(routers["max_load"])}
-    metrics = {f"router_{name}": (value * weight, weight) for name, value in found.items()}
+    statistics = {"balance": balance, "z": z, "max_load": jnp.max(routers["max_load"])}
+    metrics = {f"router_{name}": (value * weight, weight) for name, value in statistics.items()}
     term = options.router_balance_loss * balance + options.router_z_loss * z
     return loss._replace(total=loss.total + weight * term, metrics={**loss.metrics, **metrics})

@@ -23,7 +23,7 @@ def schedule(options: OptimizerConfig, steps: int) -> optax.Schedule:
     )
 
 
-def decayed(axes: Mapping[str, Any]) -> dict[str, Any]:
+def decay_mask(axes: Mapping[str, Any]) -> dict[str, Any]:
     """Which parameters are decayed: those without a `norm` axis. Same tree as `axes`, of bools."""
     return _by_axes(lambda names: "norm" not in names, axes)
 
@@ -49,7 +49,7 @@ def _adafactor(options: OptimizerConfig, axes: Mapping[str, Any]) -> optax.Gradi
 def each_layer(
     inner: optax.GradientTransformation, axes: Mapping[str, Any]
 ) -> optax.GradientTransformationExtraArgs:
-    """`inner` as it would be of each layer alone: what is stacked along the first axis, `layers`, is mapped over it."""
+    """`inner` applied to each layer alone: leaves stacked along the first axis, `layers`, are mapped over it."""
     stacked = optax.GradientTransformation(
         init=jax.vmap(inner.init),
         update=lambda gradient, state, params=None: jax.vmap(inner.update)(gradient, state, params),
@@ -69,27 +69,27 @@ def _muon(options: OptimizerConfig, axes: Mapping[str, Any]) -> optax.GradientTr
         mu_dtype=options.moments_dtype,
         adam_b1=options.b1,
         adam_b2=options.b2,
-        muon_weight_dimension_numbers=matrices(axes),
+        muon_weight_dimension_numbers=muon_axes(axes),
         consistent_rms=0.2,
     )
 
 
-def matrices(axes: Mapping[str, Any]) -> dict[str, Any]:
+def muon_axes(axes: Mapping[str, Any]) -> dict[str, Any]:
     """Which axes of a matrix, or of each expert's, Muon takes as rows and columns; None where it is not used."""
 
-    def numbers(names: tuple[str, ...]) -> contrib.MuonDimensionNumbers | None:
+    def dimension_numbers(names: tuple[str, ...]) -> contrib.MuonDimensionNumbers | None:
         if "layers" not in names or not {"embed", "expert_embed"} & set(names):
             return None
-        (width,) = (place for place, name in enumerate(names) if name in ("embed", "expert_embed"))
+        (width,) = (axis for axis, name in enumerate(names) if name in ("embed", "expert_embed"))
         others = tuple(
-            place for place, name in enumerate(names) if place != width and name not in ("layers", "experts")
+            axis for axis, name in enumerate(names) if axis != width and name not in ("layers", "experts")
         )
         return contrib.MuonDimensionNumbers(reduction_axis=(width,), output_axis=others)
 
-    return _by_axes(numbers, axes)
+    return _by_axes(dimension_numbers, axes)
 
 
-# config.optimizer.name -> (options, logical axes) -> what turns a clipped gradient into a direction
+# config.optimizer.name -> (options, logical axes) -> transformation of clipped gradients to directions
 OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Mapping[str, Any]], optax.GradientTransformation]] = {
     "adamw": _adamw,
     "adafactor": _adafactor,
@@ -98,17 +98,17 @@ OPTIMIZERS: dict[str, Callable[[OptimizerConfig, Mapping[str, Any]], optax.Gradi
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """`inner` with the state of float32 parameters: optax keeps second moments in their dtype.
+    """`inner` with a float32 state: optax keeps second moments in the dtype of the parameters.
 
     In bfloat16 a moment that decays by less than 1/512 an update never gets smaller.
     """
 
-    def wide(params: Any) -> Any:
+    def upcast(params: Any) -> Any:
         return optax.tree.cast(params, jnp.float32)
 
     return optax.GradientTransformation(
-        init=lambda params: inner.init(wide(params)),
-        update=lambda gradient, state, params=None: inner.update(gradient, state, wide(params)),
+        init=lambda params: inner.init(upcast(params)),
+        update=lambda gradient, state, params=None: inner.update(gradient, state, upcast(params)),
     )
 
 
@@ -127,7 +127,7 @@ def make_optimizer(
         update = optax.chain(
             optax.clip_by_global_norm(clip) if clip else optax.identity(),
             _in_float32(OPTIMIZERS[options.name](options, axes)),
-            optax.add_decayed_weights(options.weight_decay, mask=decayed(axes)),
+            optax.add_decayed_weights(options.weight_decay, mask=decay_mask(axes)),
             optax.scale_by_learning_rate(learning_rate),
         )
         if spikes and spikes.factor:

@@ -21,23 +21,23 @@ log_sigmoid = jax.nn.log_sigmoid
 
 
 def dpo(options: PreferenceConfig, chosen: jax.Array, rejected: jax.Array) -> jax.Array:
-    """Rafailov et al. 2023, with conservative label smoothing; of log-ratios to the reference, summed."""
+    """Rafailov et al. 2023, with conservative label smoothing; takes log-ratios to the reference, summed."""
     logits, smoothing = options.beta * (chosen - rejected), options.label_smoothing
     return -(1 - smoothing) * log_sigmoid(logits) - smoothing * log_sigmoid(-logits)
 
 
 def ipo(options: PreferenceConfig, chosen: jax.Array, rejected: jax.Array) -> jax.Array:
-    """Azar et al. 2023; of log-ratios to the reference, mean of a token."""
+    """Azar et al. 2023; takes log-ratios to the reference, averaged over tokens."""
     return jnp.square(chosen - rejected - 1 / (2 * options.beta))
 
 
 def simpo(options: PreferenceConfig, chosen: jax.Array, rejected: jax.Array) -> jax.Array:
-    """Meng et al. 2024; of log-probabilities, mean of a token."""
+    """Meng et al. 2024; takes log-probabilities, averaged over tokens."""
     return dpo(options, chosen - options.margin / options.beta, rejected)
 
 
 def odds_ratio(options: PreferenceConfig, chosen: jax.Array, rejected: jax.Array) -> jax.Array:
-    """ORPO's second term (Hong et al. 2024); of log-probabilities, mean of a token."""
+    """ORPO's second term (Hong et al. 2024); takes log-probabilities, averaged over tokens."""
 
     def log_odds(x: jax.Array) -> jax.Array:
         return x - jnp.log(-jnp.expm1(jnp.minimum(x, -1e-7)))
@@ -46,7 +46,7 @@ def odds_ratio(options: PreferenceConfig, chosen: jax.Array, rejected: jax.Array
 
 
 def kto(options: PreferenceConfig, chosen: jax.Array, rejected: jax.Array, kl: jax.Array) -> tuple:
-    """Ethayarajh et al. 2024: losses of desirable and of undesirable sequences; of summed log-ratios."""
+    """Ethayarajh et al. 2024: losses of desirable and of undesirable sequences; takes summed log-ratios."""
     desirable = 1 - jax.nn.sigmoid(options.beta * (chosen - kl))
     undesirable = 1 - jax.nn.sigmoid(options.beta * (kl - rejected))
     return options.desirable_weight * desirable, options.undesirable_weight * undesirable
@@ -79,18 +79,18 @@ def preference(options: PreferenceConfig) -> Objective:
         if is_mean:
             chosen = chosen / jnp.maximum(chosen_count, 1)
             rejected = rejected / jnp.maximum(rejected_count, 1)
-        real = (chosen_count > 0) & (rejected_count > 0)  # a pair may be cut at T
-        # Where there is none, finite arguments keep the gradient finite.
-        chosen, rejected = (jnp.where(real, side, -1.0) for side in (chosen, rejected))
-        losses = jnp.where(real, function(options, chosen, rejected), 0.0)
-        metrics = _rewards(options, chosen, rejected, real, real)
-        weight = jnp.sum(real, axis=-1, dtype=jnp.float32)
-        of_rows = jnp.sum(losses, axis=-1)
+        is_pair = (chosen_count > 0) & (rejected_count > 0)  # a pair may be cut at T
+        # Where there is no pair, finite arguments keep the gradient finite.
+        chosen, rejected = (jnp.where(is_pair, score, -1.0) for score in (chosen, rejected))
+        losses = jnp.where(is_pair, function(options, chosen, rejected), 0.0)
+        metrics = _rewards(options, chosen, rejected, is_pair, is_pair)
+        weight = jnp.sum(is_pair, axis=-1, dtype=jnp.float32)
+        row_losses = jnp.sum(losses, axis=-1)
         if options.loss == "orpo":
             nll, count = _chosen_nll(logprobs, batch)
             metrics["nll"] = nll, count
-            of_rows += weight * nll / jnp.maximum(count, 1)
-        return Loss(jnp.sum(of_rows), RowSums(loss=of_rows, z=None, weight=weight), metrics)
+            row_losses += weight * nll / jnp.maximum(count, 1)
+        return Loss(jnp.sum(row_losses), RowSums(loss=row_losses, z=None, weight=weight), metrics)
 
     reference = reference_logprobs if has_reference else None
     return Objective(loss=loss, reference=reference, additive=additive)
@@ -135,13 +135,13 @@ def _chosen_nll(logprobs: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array
 def _kto_loss(options: PreferenceConfig, model: Decoder, batch: Batch) -> Loss:
     scores = token_logprobs(model, batch) - batch[REFERENCE]
     (chosen, rejected), (chosen_count, rejected_count) = _sides(scores, batch)
-    other = exchange_completions(batch)
-    ratios = jax.lax.stop_gradient(token_logprobs(model, other)) - batch[KL_REFERENCE]
-    sums = _segment_sums(ratios * other["loss_weights"], other["segment_ids"])
+    mismatched = exchange_completions(batch)
+    ratios = jax.lax.stop_gradient(token_logprobs(model, mismatched)) - batch[KL_REFERENCE]
+    sums = _segment_sums(ratios * mismatched["loss_weights"], mismatched["segment_ids"])
     # A row of one document has nothing to exchange.
-    several = jnp.max(batch["segment_ids"], axis=-1, keepdims=True) >= 4
-    there = (_segment_sums(other["loss_weights"], other["segment_ids"]) > 0) & several
-    kl = jnp.sum(jnp.where(there, sums, 0.0)) / jnp.maximum(jnp.sum(there), 1)
+    has_several = jnp.max(batch["segment_ids"], axis=-1, keepdims=True) >= 4
+    is_valid = (_segment_sums(mismatched["loss_weights"], mismatched["segment_ids"]) > 0) & has_several
+    kl = jnp.sum(jnp.where(is_valid, sums, 0.0)) / jnp.maximum(jnp.sum(is_valid), 1)
     kl = jax.lax.stop_gradient(jnp.maximum(kl, 0.0))
     has_chosen, has_rejected = chosen_count > 0, rejected_count > 0
     desirable, undesirable = kto(options, chosen, rejected, kl)
@@ -162,8 +162,8 @@ def _kto_reference(model: Decoder, batch: Batch) -> Batch:
 def exchange_completions(batch: Batch) -> Batch:
     """The batch in which each prompt of a row is followed by the completion of the document before it.
 
-    A completion begins with the first supervised token. The lengths of a row add up to the same, so it is a
-    permutation of its tokens. Of these mismatched sequences KTO estimates the divergence from the reference.
+    A completion begins with the first supervised token. The total length of a row stays the same, so this permutes
+    its tokens. KTO estimates the divergence from the reference on these mismatched sequences.
     """
     arrays = (batch[key] for key in ("tokens", "loss_weights", "segment_ids"))
     keys = ("tokens", "targets", "loss_weights", "segment_ids", "positions")
@@ -173,23 +173,23 @@ def exchange_completions(batch: Batch) -> Batch:
 def _exchange(tokens: jax.Array, weights: jax.Array, segments: jax.Array) -> tuple:
     """One row of `exchange_completions`; all arrays [T]."""
     T = tokens.shape[0]
-    here, N = jnp.arange(T), 2 * T + 4
+    positions, N = jnp.arange(T), 2 * T + 4
     # The target of position t is token t + 1.
     supervised = jnp.pad(weights[:-1], (1, 0)) > 0
-    first = jax.ops.segment_min(jnp.where(supervised, here, T), segments, N)
-    is_completion = here >= first[segments]
+    completion_start = jax.ops.segment_min(jnp.where(supervised, positions, T), segments, N)
+    is_completion = positions >= completion_start[segments]
     exists = jax.ops.segment_max((segments > 0).astype(jnp.int32), segments, N) > 0
     count = jnp.max(segments) // 2
     following = jnp.where(segments // 2 == count, 1, segments // 2 + 1)
-    same_side = 2 * following + segments % 2
-    target = jnp.where(exists[same_side], same_side, same_side ^ 1)
+    same_kind = 2 * following + segments % 2
+    target = jnp.where(exists[same_kind], same_kind, same_kind ^ 1)
     segment = jnp.where(segments > 0, jnp.where(is_completion, target, segments), N)
     order = jnp.argsort(2 * segment + is_completion, stable=True)
     segment, tokens, supervised = segment[order], tokens[order], supervised[order]
     is_first = segment != jnp.pad(segment[:-1], (1, 0), constant_values=-1)
-    starts = jax.lax.cummax(jnp.where(is_first, here, 0))
+    starts = jax.lax.cummax(jnp.where(is_first, positions, 0))
     has_target = jnp.append(~is_first[1:], False)
     segment = jnp.where(segment == N, 0, segment)
     targets = jnp.append(tokens[1:], 0)
     weights = has_target & jnp.append(supervised[1:], False)
-    return tokens, targets, weights.astype(jnp.float32), segment, here - starts
+    return tokens, targets, weights.astype(jnp.float32), segment, positions - starts

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: where it starts, when it saves, and where it goes back to."""
+"""The checkpoints of one run: where it starts, when it saves, and what it rolls back to."""
 
 import contextlib
 import logging
@@ -17,7 +17,7 @@ from lemur_jax.common.errors import Diverged, UserError
 from lemur_jax.data.loader import Loader
 from lemur_jax.train import state as states
 from lemur_jax.train.initial import InitialParams
-from lemur_jax.train.spikes import memory, rollback_target, rolled_back
+from lemur_jax.train.spikes import rollback_state, rollback_target, spike_state
 from lemur_jax.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -71,13 +71,13 @@ class Saves(contextlib.AbstractContextManager):
         return self._checkpoints.finished
 
     def first_state(self, at_most: int | None = None, frozen: Any = None) -> tuple[TrainState, int]:
-        """The state of the newest checkpoint that is whole and its step, or a fresh state and 0.
+        """The state and the step of the newest intact checkpoint, or a fresh state and 0.
 
-        Checkpoints after `at_most` are left alone; `frozen` are the frozen parameters, if they are there already.
-        Raises UserError if no checkpoint is whole, or they are of another model, optimizer or data.
+        Checkpoints after `at_most` are ignored; `frozen` are the frozen parameters, if they are loaded already.
+        Raises UserError if no checkpoint is intact, or they are of another model, optimizer or data.
         """
         program, fresh = self._program, self._options.other_optimizer == "fresh"
-        wanted = (program.state.params, program.state.optimizer)
+        abstract = (program.state.params, program.state.optimizer)
         stored: Mapping[str, Any] = {}
 
         def check(metadata: Mapping[str, Any]) -> None:
@@ -85,8 +85,8 @@ class Saves(contextlib.AbstractContextManager):
             check_data(self._checkpoints.path, self._metadata["data"], metadata)
             stored = metadata
 
-        found = self._checkpoints.restore_newest(*wanted, check, at_most, fresh)
-        step, params, optimizer = found or (0, None, None)
+        restored = self._checkpoints.restore_newest(*abstract, check, at_most, fresh)
+        step, params, optimizer = restored or (0, None, None)
         if self._rollouts:
             self._rollouts.restore(stored.get("episodes"))
         self.tokens, origins = stored.get("tokens", {}), self._metadata["origins"]
@@ -109,7 +109,7 @@ class Saves(contextlib.AbstractContextManager):
             self._early = any_host(late or self._checkpoints.failed)
 
     def due(self, step: int, *, force: bool = False) -> bool:
-        """Whether to save after an update; the same on all hosts. `force`: whatever the step."""
+        """Whether to save after an update; the same on all hosts. `force`: at any step."""
         return force or self._early or step == self._last or due(step, self._options.every_steps)
 
     def save(
@@ -119,8 +119,8 @@ class Saves(contextlib.AbstractContextManager):
 
         With it held-out losses by task, if there are any, and the target tokens until then, by their key in a record.
 
-        Where no update follows, as of the last step or with `stop`, it returns when all is written, and tries again
-        while that fails. Raises UserError if too many saves failed, or a leaf is not finite.
+        If no update follows, after the last step or with `stop`, it returns when everything is written, and retries
+        until that succeeds. Raises UserError if too many saves failed, or a leaf is not finite.
         """
         with jax.transfer_guard("allow"):  # Orbax copies to the host
             scored = {self._held_out[task]: losses[task] for task in losses}
@@ -140,20 +140,20 @@ class Saves(contextlib.AbstractContextManager):
     def roll_back(self, state: TrainState, loader: Loader, most: int) -> tuple[TrainState, int]:
         """The state with the parameters of the last regular checkpoint before the skips, and its step.
 
-        Where that checkpoint is not there, a save having failed, its parameters are made again from an older one.
-        `state` is used up. Raises UserError: the run was rolled back more than `most` times.
+        If that checkpoint is missing because a save failed, its parameters are computed again from an older one.
+        `state` is deleted. Raises UserError: the run was rolled back more than `most` times.
         """
-        rule = memory(state.optimizer)
+        rule = spike_state(state.optimizer)
         assert rule is not None
         counters = (state.step, rule.in_a_row, rule.rollbacks, rule.rolled_back_at)
-        done, in_a_row, rollbacks, before = map(int, jax.device_get(counters))
+        done, in_a_row, rollbacks, last_rollback = map(int, jax.device_get(counters))
         if rollbacks >= most:
             raise Diverged(
                 f"step {done}: {in_a_row} updates in a row were skipped, and the run was rolled back"
                 f" {rollbacks} times already (config.spikes.max_rollbacks); look at the documents of the skips in"
                 " metrics.jsonl, or lower config.optimizer.learning_rate, in a new --workdir"
             )
-        target = rollback_target(done, in_a_row, self._options.every_steps, before)
+        target = rollback_target(done, in_a_row, self._options.every_steps, last_rollback)
         rollouts = self._rollouts
         if rollouts:
             rollouts.restore(None)  # waits
@@ -162,10 +162,10 @@ class Saves(contextlib.AbstractContextManager):
         for leaf in jax.tree.leaves((state.params, rule)):
             leaf.delete()  # two states may be more than the devices hold
         with jax.transfer_guard("allow"):
-            good, at = self.first_state(at_most=target, frozen=state.frozen)
-        if at < before:
+            older, at = self.first_state(at_most=target, frozen=state.frozen)
+        if at < last_rollback:
             raise UserError(
-                f"step {done}: cannot roll back to step {target}: no whole checkpoint from step {before} on is"
+                f"step {done}: cannot roll back to step {target}: no whole checkpoint from step {last_rollback} on is"
                 " left"
             )
         if at < target:
@@ -173,19 +173,19 @@ class Saves(contextlib.AbstractContextManager):
                 "step %d: updates %d to %d are made again, as no later checkpoint is left", done, at, target
             )
         for step in range(at, target):
-            good, _ = (
-                rollouts.update(step, good) if rollouts else self._program.step(good, loader.batch(step))
+            older, _ = (
+                rollouts.update(step, older) if rollouts else self._program.step(older, loader.batch(step))
             )
         if rollouts:
             rollouts.restore(None)  # the next update samples with what was restored
-        return rolled_back(schedule, good, state.step, done, rollbacks + 1), target
+        return rollback_state(schedule, older, state.step, done, rollbacks + 1), target
 
 
 def check_data(path: epath.Path, ours: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
     """UserError: a checkpoint in `path`, whose metadata is `stored`, is of data with other digests than `ours`."""
-    theirs = stored["data"]
+    stored_data = stored["data"]
     # Sources that were added since have had no share until here (`train.workdir.check_changes`).
-    if changed := sorted(task for task in theirs if theirs[task] != ours.get(task)):
+    if changed := sorted(task for task in stored_data if stored_data[task] != ours.get(task)):
         raise UserError(
             f"{path} was trained on other data: {', '.join(changed)} changed since; put back what was there, or start"
             " in a new --workdir"

@@ -6,8 +6,8 @@ state and so of every checkpoint: what is skipped is a function of the run alone
 and not of where it was killed.
 
 A skipped update leaves parameters and moments as they are; the step, the data and the learning rate's
-schedule go on. A roll back takes parameters, moments and memory from the last regular checkpoint before
-the skips, and likewise goes on: the batches in between have been seen and are not trained on, as in
+schedule go on. A rollback takes parameters, moments and memory from the last regular checkpoint before
+the skips, and does not rewind them either: the batches in between are not trained on again, as in
 Chowdhery et al. 2022, section 5.1.
 """
 
@@ -28,7 +28,7 @@ class SpikeState(NamedTuple):
     inner: Any  # of the transformation inside
     norms: Any  # float32 [window], accepted gradient norms; the oldest is overwritten
     accepted: Any  # int32 [], number of accepted norms
-    limit: Any  # float32 [], the norm above which the last update was to be skipped; 0: there was none yet
+    limit: Any  # float32 [], the norm above which the last update was to be skipped; 0: no limit yet
     in_a_row: Any  # int32 [], skips up to now without an accepted update between them
     rollbacks: Any  # int32 [], number of rollbacks
     rolled_back_at: Any  # int32 [], the step of the last one; 0: never
@@ -58,9 +58,9 @@ def skip_spikes(
         norm = optax.tree.norm(gradient).astype(jnp.float32)
         limit = jnp.where(state.accepted >= window, factor * jnp.median(state.norms), 0.0)
         skip = ~jnp.isfinite(norm) | ((limit > 0) & (norm > limit))
-        changes, changed = inner.update(gradient, state.inner, params)
+        changes, new_inner = inner.update(gradient, state.inner, params)
         return jax.tree.map(lambda change: jnp.where(skip, 0, change), changes), SpikeState(
-            inner=jax.tree.map(lambda new, old: jnp.where(skip, old, new), changed, state.inner),
+            inner=jax.tree.map(lambda new, old: jnp.where(skip, old, new), new_inner, state.inner),
             norms=jnp.where(skip, state.norms, state.norms.at[state.accepted % window].set(norm)),
             accepted=state.accepted + ~skip,
             limit=limit,
@@ -72,7 +72,7 @@ def skip_spikes(
     return optax.GradientTransformation(init, update)
 
 
-def memory(optimizer_state: Any) -> SpikeState | None:
+def spike_state(optimizer_state: Any) -> SpikeState | None:
     """The rule's part of an optimizer state; None where the rule is off."""
     inner = optimizer_state.inner_state
     return inner if isinstance(inner, SpikeState) else None
@@ -84,25 +84,25 @@ def rollback_target(step: int, in_a_row: int, every_steps: int, rolled_back_at: 
     Checkpoints out of turn do not count: whether they are there depends on signals and clocks. Of `step` updates the
     last `in_a_row` are skipped. The run was saved at `rolled_back_at`, and does not go back further.
     """
-    good = step - in_a_row
-    regular = good - good % every_steps if every_steps else 0
+    accepted = step - in_a_row
+    regular = accepted - accepted % every_steps if every_steps else 0
     return max(regular, rolled_back_at)
 
 
-def rolled_back(counters: Any, good: TrainState, step: jax.Array, done: int, rollbacks: int) -> TrainState:
+def rollback_state(counters: Any, good: TrainState, step: jax.Array, done: int, rollbacks: int) -> TrainState:
     """The state of `step` with the parameters, moments and remembered norms of `good`.
 
     `counters` is the optimizer's state at `step`, for the schedule's counters; `done` is the value of `step`;
     `rollbacks` counts this one too.
     """
 
-    def number(value: int, like: jax.Array) -> jax.Array:
+    def scalar(value: int, like: jax.Array) -> jax.Array:
         return jax.device_put(np.int32(value), like.sharding)
 
-    then = good.optimizer.inner_state
-    restored = then._replace(
-        in_a_row=number(0, then.in_a_row),
-        rollbacks=number(rollbacks, then.rollbacks),
-        rolled_back_at=number(done, then.rolled_back_at),
+    spike_state = good.optimizer.inner_state
+    restored = spike_state._replace(
+        in_a_row=scalar(0, spike_state.in_a_row),
+        rollbacks=scalar(rollbacks, spike_state.rollbacks),
+        rolled_back_at=scalar(done, spike_state.rolled_back_at),
     )
     return dataclasses.replace(good, step=step, optimizer=counters._replace(inner_state=restored))

@@ -56,26 +56,25 @@ def run_state(
     return TrainState(
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)),
         params=params,
-        optimizer=_place_like(params, jax.eval_shape(optimizer.init, params), mesh),
+        optimizer=_shard_like(params, jax.eval_shape(optimizer.init, params), mesh),
         frozen=frozen,
     )
 
 
-# What is not of a parameter (counters, rates, coefficients, remembered norms) is no larger.
+# Largest size of leaves that belong to no parameter: counters, rates, coefficients, remembered norms.
 _SMALL = 4096
 
 
-def _place_like(params: Any, optimizer_state: Any, mesh: Mesh) -> Any:
-    """Moments lie where their parameter lies, sums over one of its axes where the others lie.
+def _shard_like(params: Any, optimizer_state: Any, mesh: Mesh) -> Any:
+    """Shards moments like their parameter, and sums over one of its axes like the remaining axes.
 
-    What belongs to a parameter is known by its path, which ends with the path of the parameter. All that is small
-    and not cut like a parameter is replicated.
+    A leaf belongs to the parameter whose path its own path ends with. Other small leaves are replicated.
     """
-    places = dict(jax.tree_util.tree_flatten_with_path(params)[0])
+    parameters = dict(jax.tree_util.tree_flatten_with_path(params)[0])
 
-    def place(path, leaf):
+    def with_sharding(path, leaf):
         for length in range(len(path)):
-            parameter = places.get(path[length:])
+            parameter = parameters.get(path[length:])
             spec = parameter and _spec_like(parameter, leaf.shape)
             if spec is not None:
                 return leaf.update(sharding=NamedSharding(mesh, spec))
@@ -85,7 +84,7 @@ def _place_like(params: Any, optimizer_state: Any, mesh: Mesh) -> Any:
             f"optimizer leaf {jax.tree_util.keystr(path)} of shape {leaf.shape} has no sharding rule"
         )
 
-    return jax.tree_util.tree_map_with_path(place, optimizer_state)
+    return jax.tree_util.tree_map_with_path(with_sharding, optimizer_state)
 
 
 def _spec_like(parameter: jax.ShapeDtypeStruct, shape: tuple[int, ...]) -> PartitionSpec | None:
@@ -113,8 +112,8 @@ def start(
 ) -> TrainState:
     """The state of a new optimizer, of `make_optimizer`, after `step` updates of another one, if any.
 
-    Moments and their bias correction begin at 0, the learning rate where its schedule is at `step`. `params` already
-    lie where they belong.
+    Moments and their bias correction begin at 0, the learning rate where its schedule is at `step`. `params` are
+    already sharded.
     """
 
     def init(params: Any) -> Any:

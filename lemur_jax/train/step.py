@@ -21,7 +21,7 @@ from lemur_jax.models.config import AdapterConfig, DecoderConfig
 from lemur_jax.models.decoder import Compute
 from lemur_jax.parallel.compiler_flags import check_product_dtype, compiler_options
 from lemur_jax.parallel.mesh import mesh_of_copies
-from lemur_jax.parallel.rules import RULES, batch_ways, replicated
+from lemur_jax.parallel.rules import RULES, batch_shards, replicated
 from lemur_jax.train.config import DistillConfig, OptimizerConfig, PreferenceConfig, TrainConfig
 from lemur_jax.train.copies import Copies
 from lemur_jax.train.distill import distillation
@@ -29,10 +29,10 @@ from lemur_jax.train.losses import RowSums
 from lemur_jax.train.objectives import Batch, Objective, abstract_batch, next_token
 from lemur_jax.train.optimizer import make_optimizer
 from lemur_jax.train.preferences import preference
-from lemur_jax.train.spikes import memory
+from lemur_jax.train.spikes import spike_state
 from lemur_jax.train.state import TrainState, run_state, shardings_of, trained_axes
 
-_ROW = "row"  # of the batch: the number of each row, for dropout
+_ROW = "row"  # key of the batch: the index of each row, for dropout
 Metrics = Mapping[str, tuple[jax.Array, jax.Array]]
 
 
@@ -62,13 +62,13 @@ class Program:
 
 
 def check(train: TrainConfig, sequence_length: int, model: DecoderConfig, mesh: Mesh) -> None:
-    """Refuses batches that the mesh cannot cut, and rows that the model was not made for; UserError names the keys."""
-    rows, passes = train.batch_rows, train.microbatches
-    ways = batch_ways(mesh)
-    if rows % (passes * ways):
+    """UserError, which names the keys: the mesh cannot divide the batch, or the rows are too long for the model."""
+    rows, accum = train.batch_rows, train.microbatches
+    shards = batch_shards(mesh)
+    if rows % (accum * shards):
         raise UserError(
-            f"config.train.batch_rows {rows} must be a multiple of {passes * ways}: config.train.microbatches {passes}"
-            f" × {ways}, the product of mesh axes data, fsdp and expert"
+            f"config.train.batch_rows {rows} must be a multiple of {accum * shards}: config.train.microbatches {accum}"
+            f" × {shards}, the product of mesh axes data, fsdp and expert"
         )
     if sequence_length % mesh.shape["sequence"]:
         raise UserError(
@@ -105,8 +105,8 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective 
     )
     frozen = None
     if objective.reference:
-        own = (objective.teacher, compute.dtype) if objective.teacher else (model, dtype)
-        frozen = decoder.abstract_params(*own, mesh)
+        frozen_args = (objective.teacher, compute.dtype) if objective.teacher else (model, dtype)
+        frozen = decoder.abstract_params(*frozen_args, mesh)
     state = run_state(model, config.adapter, dtype, optimizer, mesh, frozen)
     step = _Step(
         model=model,
@@ -144,14 +144,14 @@ def build(config: RunConfig, mesh: Mesh, num_sources: int, objective: Objective 
     )
 
 
-def _objective(pairs: PreferenceConfig, teaching: DistillConfig, optimizer: OptimizerConfig) -> Objective:
+def _objective(pairs: PreferenceConfig, distill: DistillConfig, optimizer: OptimizerConfig) -> Objective:
     """A loss of pairs or of a teacher, where the config names one; else next-token loss."""
     if pairs.loss:
         return preference(pairs)
-    return distilled(teaching) or next_token(optimizer)
+    return distillation_objective(distill) or next_token(optimizer)
 
 
-def distilled(options: DistillConfig) -> Objective | None:
+def distillation_objective(options: DistillConfig) -> Objective | None:
     """The objective of `config.distill`, if it names a teacher."""
     return distillation(options, open_source(options.teacher).model) if options.teacher else None
 
@@ -220,8 +220,8 @@ class _Step:
         if self.copies:
             compute = dataclasses.replace(compute, mesh=self.copies.mesh)
         if self.objective.reference:
-            first = decoder.bind(self.objective.teacher or self.model, compute, state.frozen)
-            batch = {**batch, **jax.lax.stop_gradient(self.objective.reference(first, batch))}
+            reference = decoder.bind(self.objective.teacher or self.model, compute, state.frozen)
+            batch = {**batch, **jax.lax.stop_gradient(self.objective.reference(reference, batch))}
         key = _dropout_key(self.seed, state.step, batch) if self.adapter.dropout else None
         weights = self.weights(dataclasses.replace(state, params=params), key)
         total, rows, means = self.objective.loss(decoder.bind(self.model, compute, weights), batch)
@@ -229,15 +229,15 @@ class _Step:
 
 
 def _dropout_key(seed: int, step: jax.Array, batch: Batch) -> jax.Array:
-    """Another key for each update and microbatch."""
+    """A different key for each update and microbatch."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), batch[_ROW][0])
 
 
-def _split(batch: Batch, parts: int, mesh: Mesh) -> Batch:
+def _split(batch: Batch, M: int, mesh: Mesh) -> Batch:
     """[B, ...] -> [M, B/M, ...]; every device keeps the rows that it has."""
 
     def split(x):
-        x = jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+        x = jnp.moveaxis(x.reshape(x.shape[0] // M, M, *x.shape[1:]), 1, 0)
         spec = PartitionSpec(None, RULES["batch"], *([RULES["length"]] if x.ndim == 3 else []))
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
@@ -277,7 +277,7 @@ def _loss_metrics(rows: RowSums, weight: jax.Array, optimizer_state: Any) -> dic
         "learning_rate": optimizer_state.hyperparams["learning_rate"],
         "finite_rows": jnp.isfinite(jnp.moveaxis(rows.loss, 0, 1).reshape(-1)),
     }
-    if spikes := memory(optimizer_state):
+    if spikes := spike_state(optimizer_state):
         metrics |= {"grad_norm_limit": spikes.limit, "skips_in_a_row": spikes.in_a_row}
         metrics["row_loss"] = jnp.moveaxis(rows.loss / jnp.maximum(rows.weight, 1.0), 0, 1).reshape(-1)
     return metrics

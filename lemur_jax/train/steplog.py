@@ -38,7 +38,7 @@ class BatchSource(Protocol):
     def sources(self) -> Sequence[Any]: ...  # each has a `name`
 
     def documents(self, step: int, rows: Any) -> list[str]:
-        """Names of what stands in rows of a batch."""
+        """Names of the documents in rows of a batch."""
         ...
 
     def digests(self) -> Mapping[str, Any]:
@@ -68,14 +68,14 @@ class StepLog:
         self._mixture = mixture
         # Target tokens since step 0, of all sources and of each, by their keys in a record.
         names = ["tokens", *(f"tokens/{source.name}" for source in mixture.sources)]
-        last = next((each for each in reversed(history.records) if each.get("kind") == "train"), tokens)
+        last = next((record for record in reversed(history.records) if record.get("kind") == "train"), tokens)
         self.tokens = {name: last.get(name, 0) for name in names}
         self._pending: list[tuple[int, dict[str, jax.Array]]] = []
         self._since = time.perf_counter()
         self._program = program
         self._data_wait = 0.0
-        self._taken: float | None = None  # when the batch was there that is being worked on
-        self._handing = 0.0  # seconds in which steps were handed to the devices since the last flush
+        self._taken: float | None = None  # when the current batch was ready
+        self._dispatch_seconds = 0.0  # seconds spent on dispatching steps to the devices since the last flush
         # Wall seconds of the run by what they went to.
         self._spent = collections.defaultdict(float, history.spent)
         self._wall_before = self._spent.pop("wall", 0.0)
@@ -98,7 +98,7 @@ class StepLog:
         if self._taken is not None:
             seconds = time.perf_counter() - self._taken
             if self._compiled:
-                self._handing += seconds
+                self._dispatch_seconds += seconds
             else:
                 # The first call returns when the program is compiled; later ones return at once, or when the devices
                 # can take another step.
@@ -116,19 +116,19 @@ class StepLog:
         if not ready:
             return
         self._pending = self._pending[len(ready) :]
-        asked = time.perf_counter()
+        flush_start = time.perf_counter()
         fetched = jax.device_get([metrics for _, metrics in ready])
-        now = time.perf_counter()
+        fetched_at = time.perf_counter()
         # Without the waits for the devices, in which every host waits for the slowest one: for results here, and for
-        # room when a step is handed to them.
-        coordination.publish("seconds", (asked - self._since - self._handing) / len(ready))
-        self._handing = 0.0
-        seconds = (now - self._since) / len(ready)
-        self._since = now
+        # the queue when a step is dispatched.
+        coordination.publish("seconds", (flush_start - self._since - self._dispatch_seconds) / len(ready))
+        self._dispatch_seconds = 0.0
+        seconds = (fetched_at - self._since) / len(ready)
+        self._since = fetched_at
         data_wait, self._data_wait = self._data_wait / len(ready), 0.0
         self._spent["data_wait"] += data_wait * len(ready)
         self._spent["steps"] += (seconds - data_wait) * len(ready)
-        hosts = {f"host_seconds/{host}": own for host, own in coordination.published("seconds").items()}
+        hosts = {f"host_seconds/{host}": value for host, value in coordination.published("seconds").items()}
         for (step, _), metrics in zip(ready, fetched, strict=True):
             skipped = metrics.get("skips_in_a_row", 0) > 0
             if not skipped:
@@ -140,7 +140,7 @@ class StepLog:
             if self._writer:
                 self._writer.write(record)
             if skipped:
-                self._tell_skip(step, metrics)
+                self._record_skip(step, metrics)
         self._progress.set_postfix_str(
             f"{record['tokens_per_second']:,.0f} tok/s, loss {record['loss']:.4g}, lr {record['learning_rate']:.3g}",
             refresh=False,
@@ -174,13 +174,13 @@ class StepLog:
             wall = self._wall_before + time.perf_counter() - self._began
             self._writer.write({"step": step, "checkpoint": checkpoint, **time_record(self._spent, wall)})
 
-    def rolled_back(self, step: int, target: int) -> None:
-        """Writes that at `step` the parameters of step `target` were taken again."""
+    def write_rollback(self, step: int, target: int) -> None:
+        """Records that at `step` the run was rolled back to the parameters of step `target`."""
         if self._writer:
             self._writer.write({"step": step, "kind": "rollback", "to": target})
             logger.info("step %d: rolled back to the parameters of step %d", step, target)
 
-    def _tell_skip(self, step: int, metrics: dict[str, np.ndarray]) -> None:
+    def _record_skip(self, step: int, metrics: dict[str, np.ndarray]) -> None:
         """Records that an update was skipped, with its documents, those of the largest loss first."""
         if not self._writer:
             return
@@ -214,8 +214,8 @@ class StepLog:
         if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]):
             return
         # A gradient can overflow where every loss is finite: then all rows are suspects.
-        bad = ~metrics["finite_rows"]
-        names = self._mixture.documents(step - 1, np.flatnonzero(bad if bad.any() else ~bad))
+        is_bad = ~metrics["finite_rows"]
+        names = self._mixture.documents(step - 1, np.flatnonzero(is_bad if is_bad.any() else ~is_bad))
         raise Diverged(
             f"step {step}: loss is {float(metrics['loss'])}, gradient norm {float(metrics['grad_norm'])}, in the batch"
             f" with {_some(names)}; stopped before any later checkpoint, the last good one is intact."
@@ -229,17 +229,17 @@ def _some(names: list[str]) -> str:
 
 
 def _utilization(program: Program, seconds: float) -> dict[str, float | int]:
-    """Of all chips in a step, and memory of the fullest device of this host; what is unknown is left out.
+    """Throughput and MFU over all chips, and memory of the fullest device of this host; unknown values are left out.
 
     Tokens are those of a global batch, padding included: that is what is computed.
     """
     record: dict[str, float | int] = {}
     rows, length = program.batch["tokens"].shape
     speed, devices = rows * length / max(seconds, 1e-9), program.mesh.size
-    if found := chip(program.mesh.devices.flat[0].device_kind):
-        record["tokens_per_second_per_chip"] = speed / math.ceil(devices / found.devices)
+    if spec := chip(program.mesh.devices.flat[0].device_kind):
+        record["tokens_per_second_per_chip"] = speed / math.ceil(devices / spec.devices)
         flops = train_flops_per_token(program.model, length, program.compute.frozen)
-        record["mfu"] = mfu(speed, flops, devices * found.flops_per_device)
+        record["mfu"] = mfu(speed, flops, devices * spec.flops_per_device)
     memory = [device.memory_stats() or {} for device in jax.local_devices()]
     for key, stat in (("hbm_bytes", "bytes_in_use"), ("hbm_peak_bytes", "peak_bytes_in_use")):
         if used := [stats[stat] for stats in memory if stat in stats]:

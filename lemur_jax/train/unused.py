@@ -1,4 +1,4 @@
-"""Options that have no effect, as what they belong to is off."""
+"""Options that have no effect because the feature that they belong to is off."""
 
 import json
 from collections.abc import Mapping
@@ -7,8 +7,8 @@ from typing import Any
 from lemur_jax.common import sections
 from lemur_jax.config import RunConfig, flatten
 
-# Beginnings of keys, the key that decides whether they are read, and its values with which they are; (): all but an
-# empty one or 0.
+# (prefixes of keys, the key that decides whether they are read, its values with which they are). Without values: all
+# but an empty one or 0.
 _READ_WITH: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
     (("adapter.",), "adapter.rank", ()),
     (("distill.",), "distill.teacher", ()),
@@ -31,13 +31,13 @@ _READ_WITH: tuple[tuple[tuple[str, ...], str, tuple[Any, ...]], ...] = (
 
 def unused_options(values: Mapping[str, Any]) -> list[str]:
     """Keys of a config, as JSON, that differ from their defaults and are not read, each with the key that decides."""
-    now, defaults = flatten(values), flatten(json.loads(json.dumps(sections.defaults(RunConfig))))
-    found: dict[str, str] = {}
-    for beginnings, deciding, wanted in _READ_WITH:
-        value = now[deciding]
-        if value in wanted if wanted else value:
+    options, defaults = flatten(values), flatten(json.loads(json.dumps(sections.defaults(RunConfig))))
+    unused: dict[str, str] = {}
+    for prefixes, switch, required in _READ_WITH:
+        value = options[switch]
+        if value in required if required else value:
             continue
-        for key in now:
-            if key.startswith(beginnings) and now[key] != defaults.get(key):
-                found.setdefault(key, f"{key} ({deciding} is {value!r})")
-    return list(found.values())
+        for key in options:
+            if key.startswith(prefixes) and options[key] != defaults.get(key):
+                unused.setdefault(key, f"{key} ({switch} is {value!r})")
+    return list(unused.values())

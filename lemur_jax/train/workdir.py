@@ -43,7 +43,7 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
 
 
 def _is_free(key: str, values: Mapping[str, Any]) -> bool:
-    """Whether a key may differ at any start without a word."""
+    """Whether a key may differ at any start, silently."""
     if key == "train.microbatches":  # where no mean or noise is of one microbatch
         means = values["preference"]["loss"] in NOT_ADDITIVE or values["model"]["num_experts"]
         return not (means or values["adapter"]["dropout"])
@@ -71,16 +71,16 @@ def config_changes(values: Mapping[str, Any], workdir: epath.Path, *, extend: bo
         raise UserError(f"{workdir}/config.json is not that of a run: use another --workdir")
     stored = json.loads(json.dumps(fill(RunConfig, stored)))  # defaults have tuples
     changes = {key: pair for key, pair in differences(stored, values).items() if not _is_free(key, values)}
-    may = RECORDED + (EXTENDABLE if extend else ())
+    allowed = RECORDED + (EXTENDABLE if extend else ())
     if values["checkpoint"]["other_optimizer"] == "fresh":
-        may = (*may, "optimizer.")
-    fixed = {key: pair for key, pair in changes.items() if not key.startswith(may)}
+        allowed = (*allowed, "optimizer.")
+    fixed = {key: pair for key, pair in changes.items() if not key.startswith(allowed)}
     if fixed:
         listed = "; ".join(f"{key} was {old!r} there and is {new!r} now" for key, (old, new) in fixed.items())
-        way_out = "use the old values to resume, or another --workdir"
+        hint = "use the old values to resume, or another --workdir"
         if all(key.startswith(EXTENDABLE) for key in fixed):
-            way_out += ", or --extend to apply them from the newest checkpoint on"
-        raise UserError(f"{workdir} belongs to another config: {listed}; {way_out}")
+            hint += ", or --extend to apply them from the newest checkpoint on"
+        raise UserError(f"{workdir} belongs to another config: {listed}; {hint}")
     return changes
 
 
@@ -105,14 +105,14 @@ def check_changes(changes: Changes, values: Mapping[str, Any], step: int) -> Non
                 )
         if key.startswith("data.stages."):
             name = key.removeprefix("data.stages.").rpartition(".shares.")[0] or key.split(".")[2]
-            begins = [value for value in changes.get(f"data.stages.{name}.step", ()) if value is not None]
-            begins = begins or [values["data"]["stages"][name]["step"]]
-            if min(begins) < step:
+            starts = [value for value in changes.get(f"data.stages.{name}.step", ()) if value is not None]
+            starts = starts or [values["data"]["stages"][name]["step"]]
+            if min(starts) < step:
                 raise UserError(f"--extend cannot change {key}: the stage begins before step {step}")
 
 
 def _are_proportional(changes: Changes, values: Mapping[str, Any]) -> bool:
-    """Whether the sources that were there before have the same parts of the tokens now."""
+    """Whether the earlier sources still have the same proportions of the tokens."""
     sources = values["data"]["sources"].items()
     shares = [
         changes.get(f"data.sources.{name}.share", (each["share"], each["share"])) for name, each in sources

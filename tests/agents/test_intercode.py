@@ -18,7 +18,7 @@ from lemur_jax.agents import intercode, scratch
 from lemur_jax.agents.episodes import open_environments
 from lemur_jax.agents.intercode import InterCodeSql, in_mysql_wording, recorded_run, sql_reward
 from lemur_jax.agents.intercode_bash import InterCodeBash, bash_reward, changes, needs, open_bash, similarity
-from lemur_jax.agents.mariadb import MOST_ROWS, connect, server
+from lemur_jax.agents.mariadb import MAX_ROWS, connect, server
 from lemur_jax.agents.mint import Recorded
 from lemur_jax.agents.replay import replay
 from lemur_jax.agents.runner import run_episodes
@@ -119,7 +119,7 @@ def test_a_question_to_a_server_that_reads_alone_and_is_gone_afterwards(tmp_path
         environment.close()
     assert steps[0].observation == "Error executing query: Unknown column 'prize' in 'field list'"
     assert "denied" in steps[1].observation
-    assert steps[4].observation.count("(") == MOST_ROWS  # of 3 ** 11
+    assert steps[4].observation.count("(") == MAX_ROWS  # of 3 ** 11
     assert (steps[5].observation, steps[5].reward) == ("[('b',), ('c',)]", 1)
     assert not socket.parent.exists()
 

@@ -8,7 +8,7 @@ import types
 import pytest
 
 from lemur_jax.agents.environments import Step
-from lemur_jax.agents.episodes import SessionAgent, failure, takes_tools
+from lemur_jax.agents.episodes import SessionAgent, failure, supports_tool_role
 from lemur_jax.agents.page import agents_page
 from lemur_jax.agents.tools import SHOP, TOOLS, schemas, tool_environments
 from lemur_jax.rl.config import RlConfig
@@ -61,7 +61,7 @@ TEMPLATES = {
 def test_results_of_calls_are_the_users_where_the_template_knows_no_tools(small_chat_tokenizer, name):
     files = {**small_chat_tokenizer.files(), "chat_template.jinja": TEMPLATES[name].encode()}
     tokenizer = Tokenizer.from_files(files)
-    assert takes_tools(tokenizer) == (name == "shows")
+    assert supports_tool_role(tokenizer) == (name == "shows")
     model = types.SimpleNamespace(max_position_embeddings=4096)
     agent = SessionAgent(types.SimpleNamespace(model=model, need_tokenizer=lambda: tokenizer))
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

@@ -39,10 +39,10 @@ def test_a_notice_is_a_sigterm(server, key, value, caplog):
         until(lambda: len(server.asked) == 6)  # the two that failed, and each key's value and its change
         server.set("maintenance-event", "MIGRATE_ON_HOST_MAINTENANCE")  # nothing ends for that
         until(lambda: len(server.asked) == 7)
-        assert not interruption.reached()
+        assert not interruption.should_stop()
         server.set(key, value)
-        until(lambda: interruption.asked)
-        assert interruption.reached()
+        until(lambda: interruption.requested)
+        assert interruption.should_stop()
     assert caplog.messages == [f"this machine is taken away (instance/{key}: {value})"]
 
 
@@ -67,7 +67,7 @@ def test_a_server_without_the_keys_is_left_alone(server):
     with Interruption(0) as interruption:
         until(lambda: len(server.asked) == 2)
         until(lambda: watching() <= before)
-        assert not interruption.asked
+        assert not interruption.requested
     assert sorted(server.asked) == ["maintenance-event", "preempted"]
 
 
@@ -84,10 +84,10 @@ def test_a_notice_that_stood_before_is_said_and_stops_nothing(server, caplog, mo
     server.set("maintenance-event", "TERMINATE_ON_HOST_MAINTENANCE")
     with Interruption(0) as interruption:
         until(lambda: min(map(server.asked.count, ("maintenance-event", "preempted"))) > 3)
-        assert not interruption.reached()
+        assert not interruption.should_stop()
         server.set("maintenance-event", "NONE")
         server.set("preempted", "TRUE")
-        until(lambda: interruption.asked)
+        until(lambda: interruption.requested)
     assert [line.split(" (")[0] for line in caplog.messages] == [
         "this machine will be taken away soon",
         "this machine is taken away",

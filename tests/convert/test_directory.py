@@ -27,10 +27,10 @@ def test_whatever_is_raised_the_part_is_removed(tmp_path, error):
         (part / "file").write_text("half")
         raise error
 
-    with pytest.raises(error), directory.staged(epath.Path(tmp_path / "out")) as part:
+    with pytest.raises(error), directory.atomic_directory(epath.Path(tmp_path / "out")) as part:
         fail(part)
     assert not list(tmp_path.iterdir())
-    with directory.staged(epath.Path(tmp_path / "out")) as part:
+    with directory.atomic_directory(epath.Path(tmp_path / "out")) as part:
         (part / "file").write_text("whole")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -45,10 +45,9 @@ def test_a_link_to_nothing_is_no_target(checkpoint, tmp_path):
 
 def test_one_process_at_a_time_writes_a_target(tmp_path):
     """A living one is not disturbed; what a killed one has left is removed."""
-    code = "import sys; from etils import epath; from lemur_jax.convert.directory import staged\n"
-    code += (
-        "with staged(epath.Path(sys.argv[1])) as part: (part / 'file').touch(); print(flush=True); input()"
-    )
+    code = "import sys; from etils import epath; from lemur_jax.convert import directory\n"
+    code += "with directory.atomic_directory(epath.Path(sys.argv[1])) as part:\n"
+    code += "    (part / 'file').touch(); print(flush=True); input()"
     target = tmp_path / "out"
     other = subprocess.Popen(
         [sys.executable, "-c", code, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -57,12 +56,12 @@ def test_one_process_at_a_time_writes_a_target(tmp_path):
         other.stdout.readline()
         with (
             pytest.raises(UserError, match=f"another process is writing {target}"),
-            directory.staged(epath.Path(target)),
+            directory.atomic_directory(epath.Path(target)),
         ):
             pass
         assert (tmp_path / ".out.partial" / "file").exists()
         other.kill()
-    with directory.staged(epath.Path(target)) as part:
+    with directory.atomic_directory(epath.Path(target)) as part:
         (part / "mine").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in target.iterdir()] == ["mine"]

@@ -183,13 +183,13 @@ def run_in_process(workdir, extend=False, **options):
 
 
 def asked_at(poll, request=lambda interruption, cause: interruption.request(cause)):
-    """`Interruption.reached` where SIGTERM comes before it is called for the `poll`-th time."""
+    """`Interruption.should_stop` where SIGTERM comes before it is called for the `poll`-th time."""
     polls = itertools.count(1)
 
     def reached(self):
         if next(polls) == poll:
             request(self, "SIGTERM")
-        return self.asked
+        return self.requested
 
     return reached
 

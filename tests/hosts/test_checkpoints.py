@@ -91,16 +91,16 @@ tree = {"w": jax.jit(lambda: jnp.arange(8 * 65536.0).reshape(8, -1), out_shardin
 metadata = make_metadata(model={}, tokenizer_files={})
 with manager.Checkpoints(sys.argv[1]) as saves, Interruption(0) as stop:
     for step in range(5000, 5004):
-        assert not stop.reached()
+        assert not stop.should_stop()
     saves.save(step, tree, tree, metadata)
     if jax.process_index() == 1:
         os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(4)  # a step, in which JAX hears of the signal
     for _ in range(600):
-        if stop.reached():
+        if stop.should_stop():
             break
         time.sleep(0.1)
-    print(f"asked to stop: {stop.asked}")
+    print(f"asked to stop: {stop.requested}")
 """
 
 

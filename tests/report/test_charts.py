@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lemur_jax.report.charts import MOST_POINTS, Lane, Line, compact, line_chart, linear_ticks, stacked_bars
+from lemur_jax.report.charts import MAX_POINTS, Lane, Line, compact, line_chart, linear_ticks, stacked_bars
 
 LANES = [Lane(name="base", end=100, colour=1)]
 
@@ -36,16 +36,16 @@ def test_points_gaps_and_names_reach_the_script():
 
 
 def test_many_points_become_means_with_their_range():
-    values = np.random.default_rng(0).normal(10, 1, size=MOST_POINTS * 5)
+    values = np.random.default_rng(0).normal(10, 1, size=MAX_POINTS * 5)
     values[777] = 30.0  # a spike must stay visible
     figure = line_chart(
         "loss", "nats", LANES, [Line(run=0, name="a", points=list(enumerate(values.tolist())))]
     )
     (line,) = data_of(figure)["lines"]
-    blocks = values.reshape(MOST_POINTS, 5)
+    blocks = values.reshape(MAX_POINTS, 5)
     for key, expected in (("y", blocks.mean(1)), ("low", blocks.min(1)), ("high", blocks.max(1))):
         np.testing.assert_allclose(line[key], expected, rtol=1e-4)
-    np.testing.assert_allclose(line["x"], np.arange(len(values)).reshape(MOST_POINTS, 5).mean(1))
+    np.testing.assert_allclose(line["x"], np.arange(len(values)).reshape(MAX_POINTS, 5).mean(1))
 
 
 @pytest.mark.parametrize("points", [[], [(1, None)]])

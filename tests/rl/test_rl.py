@@ -25,7 +25,7 @@ from lemur_jax.models import decoder, lora
 from lemur_jax.models.decoder import Compute
 from lemur_jax.models.presets import preset
 from lemur_jax.rl import games, run
-from lemur_jax.rl.rollouts import Played, Rollouts
+from lemur_jax.rl.rollouts import RolloutBatch, Rollouts
 from lemur_jax.telemetry.metrics import read_metrics
 from lemur_jax.text.files import CHATML_TEMPLATE
 from lemur_jax.train.loop import train
@@ -127,7 +127,7 @@ def test_off_policy_episodes_are_of_the_parameters_before(small_chat_tokenizer, 
         assert (metrics["objective/policy_shift"] > 1e-3) == (step > 0)
     assert rollouts.documents(0, [1, 2]) == ["task 0"]  # what a record of the step before the last names
     pending = json.loads(json.dumps(rollouts.pending()))
-    batch = Played.from_json(pending).arrays
+    batch = RolloutBatch.from_json(pending).arrays
     expected, own = target_logprobs(config.model, sampling, batch)
     np.testing.assert_allclose(batch["sampling_logprobs"][own], expected[own], atol=1e-4)
     assert abs(target_logprobs(config.model, state.params, batch)[0] - expected)[own].mean() > 1e-3

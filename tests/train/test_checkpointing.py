@@ -78,11 +78,11 @@ def test_ctrl_c_saves_and_a_second_one_aborts(train, tmp_path, monkeypatch, capf
         os.kill(os.getpid(), signal.SIGINT)
 
     options = {"checkpoint.every_steps": 0}
-    monkeypatch.setattr(Interruption, "reached", asked_at(3, interrupt))
+    monkeypatch.setattr(Interruption, "should_stop", asked_at(3, interrupt))
     lines = train(tmp_path, **options)
     assert lines[-1].startswith("Ctrl-C: step 3 is saved; the same command continues from there")
     assert "press it again to abort" in capfd.readouterr().err
-    monkeypatch.setattr(Interruption, "reached", asked_at(2, lambda *_: (interrupt(), interrupt())))
+    monkeypatch.setattr(Interruption, "should_stop", asked_at(2, lambda *_: (interrupt(), interrupt())))
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, **options)
     assert time.monotonic() - asked[-1] < 5  # no save is due
@@ -143,7 +143,7 @@ def test_the_best_is_found_among_losses_on_the_same_text(train, tmp_path, monkey
     ]
     for steps, changes, kept in starts:
         with monkeypatch.context() as sigterm:  # the step after which it comes is not scored
-            sigterm.setattr(Interruption, "reached", asked_at(steps))
+            sigterm.setattr(Interruption, "should_stop", asked_at(steps))
             train(tmp_path, **options, **changes)
         assert steps_in(tmp_path)[1] == kept
 
@@ -195,7 +195,7 @@ def test_another_optimizer_is_refused_by_leaf_unless_told_to_start_fresh(
     undisturbed, run = tmp_path / "undisturbed", tmp_path / "run"
     train(undisturbed)
     with monkeypatch.context() as stop:
-        stop.setattr(Interruption, "reached", asked_at(3))
+        stop.setattr(Interruption, "should_stop", asked_at(3))
         train(run)
     other = {"optimizer.moments_dtype": "bfloat16"}
     with pytest.raises(UserError, match="belongs to another config: optimizer.moments_dtype"):
@@ -239,7 +239,7 @@ def test_an_evaluation_that_sigterm_breaks_off_is_made_first_at_the_next_start(
     run = tmp_path / "run"
     for when in (poll, 1):  # at the next start again
         with monkeypatch.context() as sigterm:
-            sigterm.setattr(Interruption, "reached", asked_at(when))
+            sigterm.setattr(Interruption, "should_stop", asked_at(when))
             lines = train(run, **EVALUATED)
         assert steps_in(run)[1][-1] == stopped
         assert [r["task"] for r in read_metrics(run) if r["kind"] == "eval"] == scored
@@ -270,7 +270,7 @@ def test_a_checkpoint_knows_what_its_run_began_with_and_how_many_tokens_it_saw(
     shutil.copytree(undisturbed, base)
     shutil.rmtree(base / "checkpoints" / "4")
     with monkeypatch.context() as sigterm:
-        sigterm.setattr(Interruption, "reached", asked_at(3))
+        sigterm.setattr(Interruption, "should_stop", asked_at(3))
         train(run, **options)
     shutil.copytree(undisturbed, base, dirs_exist_ok=True)  # the base has gone on
     (run / "metrics.jsonl").unlink()
@@ -298,7 +298,7 @@ def test_an_evaluation_of_the_first_parameters_is_made_anew(train, tmp_path, mon
     run, straight = tmp_path / "run", tmp_path / "straight"
     options = EVALUATED | {"init.checkpoint": str(undisturbed)}
     with monkeypatch.context() as sigterm:
-        sigterm.setattr(Interruption, "reached", asked_at(4))
+        sigterm.setattr(Interruption, "should_stop", asked_at(4))
         lines = train(run, **options)
     assert lines[-1].startswith("SIGTERM: no step was made after step 0")
     assert not list((run / "checkpoints").iterdir())
@@ -313,7 +313,7 @@ def test_a_loss_that_was_known_before_sigterm_still_counts(train, tmp_path, monk
     """The task of `keep_best` is scored, another one is not."""
     options = EVALUATED | {"checkpoint.keep_best": "code", "checkpoint.keep": 1, "eval.every_steps": 0}
     with monkeypatch.context() as sigterm:
-        sigterm.setattr(Interruption, "reached", asked_at(6))
+        sigterm.setattr(Interruption, "should_stop", asked_at(6))
         train(tmp_path, **options)
     monkeypatch.setattr(Evaluations, "score", lambda self, params, step, only=None: {"code": 1e9})
     train(tmp_path, **options)

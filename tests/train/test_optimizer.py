@@ -17,7 +17,7 @@ from lemur_jax.models.decoder import abstract_params, logical_axes
 from lemur_jax.models.presets import preset
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.train.config import OPTIMIZER_NAMES, OptimizerConfig
-from lemur_jax.train.optimizer import OPTIMIZERS, decayed, make_optimizer, schedule
+from lemur_jax.train.optimizer import OPTIMIZERS, decay_mask, make_optimizer, schedule
 from lemur_jax.train.state import run_state, shardings_of
 from tests.helpers.tiny import program_on, tiny_config
 
@@ -93,7 +93,7 @@ def test_schedule_ends_where_the_run_ends():
 
 
 def test_norm_scales_are_not_decayed_even_stacked():
-    mask = decayed(logical_axes(preset("tiny")))
+    mask = decay_mask(logical_axes(preset("tiny")))
     flat = {
         jax.tree_util.keystr(path): value for path, value in jax.tree_util.tree_flatten_with_path(mask)[0]
     }

@@ -13,7 +13,7 @@ from lemur_jax.cluster.preemption import Interruption
 from lemur_jax.models import decoder
 from lemur_jax.telemetry.metrics import read_metrics
 from lemur_jax.train.losses import row_sums
-from lemur_jax.train.optimizer import decayed, schedule
+from lemur_jax.train.optimizer import decay_mask, schedule
 from lemur_jax.train.spikes import rollback_target, skip_spikes
 from tests.helpers.planted import plant
 from tests.helpers.runs import STEPS, asked_at, final_params, without_clock
@@ -53,7 +53,7 @@ def by_hand(config, program, *runs):
     adam = optax.chain(
         optax.clip_by_global_norm(options.clip_norm),
         optax.scale_by_adam(options.b1, options.b2, options.eps),
-        optax.add_decayed_weights(options.weight_decay, mask=decayed(decoder.logical_axes(program.model))),
+        optax.add_decayed_weights(options.weight_decay, mask=decay_mask(decoder.logical_axes(program.model))),
     )
 
     def loss(params, batch):
@@ -137,7 +137,7 @@ def test_killed_run_skips_and_rolls_back_the_same(poisoned, train, tmp_path, mon
     assert "update skipped, gradient norm" in out
     for polls in (5, 12):
         with monkeypatch.context() as process:
-            process.setattr(Interruption, "reached", asked_at(polls, kill))
+            process.setattr(Interruption, "should_stop", asked_at(polls, kill))
             with pytest.raises(Killed):
                 train(tmp_path / "run", **options)
     train(tmp_path / "run", **options)

@@ -36,13 +36,13 @@ def mmlu(data: str = "", **_: Any) -> dict[str, Any]:
     shots = collections.defaultdict(list)
     for row in rows("mmlu", "all", "dev", data):
         shots[row["subject"]].append(f"{_question(row)} {LETTERS[row['answer']]}\n\n")
-    found = []
+    documents = []
     for row in rows("mmlu", "all", "test", data):
         subject = row["subject"].replace("_", " ")
         head = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
         prompt = head + "".join(shots[row["subject"]][:5]) + _question(row)
-        found.append({"prompt": prompt, "answer": row["answer"], "subject": row["subject"]})
-    return _test_split(found, "subject")
+        documents.append({"prompt": prompt, "answer": row["answer"], "subject": row["subject"]})
+    return _test_split(documents, "subject")
 
 
 def _question(row: Mapping[str, Any]) -> str:
@@ -52,7 +52,7 @@ def _question(row: Mapping[str, Any]) -> str:
 
 def bbh(data: str = "", **_: Any) -> dict[str, Any]:
     """Questions of all tasks, each after its task's description and 3 examples."""
-    found = []
+    documents = []
     for path in sorted((_harness_tasks() / "bbh/fewshot").glob("*.yaml")):
         settings = yaml.safe_load(path.read_text())
         if "dataset_name" not in settings:
@@ -62,8 +62,8 @@ def bbh(data: str = "", **_: Any) -> dict[str, Any]:
         head += "".join(f"Q: {shot['input'].strip()}\nA: {shot['target'].strip()}\n\n" for shot in shots[:3])
         for row in rows("bbh", name, "test", data):
             prompt = f"{head}Q: {row['input'].strip()}\nA:"
-            found.append({"prompt": prompt, "target": row["target"].strip(), "task": name})
-    return _test_split(found, "task")
+            documents.append({"prompt": prompt, "target": row["target"].strip(), "task": name})
+    return _test_split(documents, "task")
 
 
 def bbh_result(doc: Document, results: Sequence[str]) -> dict[str, tuple[str, bool]]:
@@ -76,17 +76,17 @@ def short_answer(text: str) -> str:
 
     The paper's code also removes punctuation, and so accepts any right number of brackets in Dyck languages.
     """
-    said = text.strip().partition("\n")[0].partition(".")[0].strip().lower()
-    option = re.search(r"\(\w\)", said)
-    return option.group() if option and not re.search(r"[][]", said) else said
+    answer = text.strip().partition("\n")[0].partition(".")[0].strip().lower()
+    option = re.search(r"\(\w\)", answer)
+    return option.group() if option and not re.search(r"[][]", answer) else answer
 
 
 def mean_over_tasks(items: Iterable[tuple[str, bool]]) -> float:
     """The mean over tasks of the share of right answers."""
     by_task = collections.defaultdict(list)
-    for task, right in items:
-        by_task[task].append(right)
-    return statistics.fmean(statistics.fmean(of) for of in by_task.values())
+    for task, correct in items:
+        by_task[task].append(correct)
+    return statistics.fmean(statistics.fmean(results) for results in by_task.values())
 
 
 def gsm8k(data: str = "", **_: Any) -> dict[str, Any]:
@@ -97,11 +97,11 @@ def gsm8k(data: str = "", **_: Any) -> dict[str, Any]:
     for shot in shots:
         answer = shot["target"].replace("The answer is", "So the answer is")
         head += f"Question: {shot['question']}\nAnswer: {answer}\n\n"
-    found = []
+    documents = []
     for row in rows("gsm8k", "main", "test", data):
         target = row["answer"].rpartition("####")[2].strip()
-        found.append({"prompt": f"{head}Question: {row['question'].strip()}\nAnswer:", "target": target})
-    return _test_split(found)
+        documents.append({"prompt": f"{head}Question: {row['question'].strip()}\nAnswer:", "target": target})
+    return _test_split(documents)
 
 
 def gsm8k_result(doc: Document, results: Sequence[str]) -> dict[str, bool]:
@@ -111,8 +111,8 @@ def gsm8k_result(doc: Document, results: Sequence[str]) -> dict[str, bool]:
 
 def last_number(text: str) -> float | None:
     """The last number in a text: 1200.5 of "$1,200.50."."""
-    found = re.findall(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?", text)
-    return float(found[-1].replace(",", "")) if found else None
+    matches = re.findall(r"(?:(?<![\w)])-)?\d[\d,]*(?:\.\d+)?", text)
+    return float(matches[-1].replace(",", "")) if matches else None
 
 
 def rows(name: str, config: str, split: str, data: str = "") -> list[Document]:
@@ -133,7 +133,7 @@ def rows(name: str, config: str, split: str, data: str = "") -> list[Document]:
         raise UserError(
             f"{name} needs {data or 'DIR'}/{name}/{config}/{split}*.parquet, or the hub ({type(error).__name__}):"
             f" where there is a network, hf download {repository} --repo-type dataset --local-dir DIR/{name};"
-            " bring DIR here and name it with --data DIR"
+            " copy DIR here and name it with --data DIR"
         ) from error
 
 
@@ -145,20 +145,20 @@ def _read(path: epath.Path, fields: Sequence[str]) -> list[Document]:
     except (pyarrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{path} is no whole Parquet file ({reason}): bring it again, with git lfs or hf"
+            f"{path} is no whole Parquet file ({reason}): download it again, with git lfs or hf"
         ) from error
     if lacking := [field for field in fields if field not in table.column_names]:
         raise UserError(f"{path} lacks {', '.join(lacking)}; it has {', '.join(table.column_names)}")
     return table.to_pylist()
 
 
-def _test_split(documents: list[Document], part: str = "") -> dict[str, Any]:
-    """The documents as the harness takes them; those of each part in turn, so that a limit takes some of all."""
+def _test_split(documents: list[Document], field: str = "") -> dict[str, Any]:
+    """The documents as the harness takes them, interleaved by a field, so that a limit takes some of each value."""
     import datasets
 
-    numbers: Any = collections.defaultdict(itertools.count)
-    in_turn = sorted(documents, key=lambda document: next(numbers[document.get(part)]))
-    return {"test": datasets.Dataset.from_list(in_turn)}
+    counters: Any = collections.defaultdict(itertools.count)
+    interleaved = sorted(documents, key=lambda document: next(counters[document.get(field)]))
+    return {"test": datasets.Dataset.from_list(interleaved)}
 
 
 def _harness_tasks() -> pathlib.Path:
