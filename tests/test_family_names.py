@@ -4,6 +4,8 @@ import ast
 import pathlib
 import re
 
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
 from lemur_jax.convert.families import FAMILIES
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "lemur_jax"
@@ -14,7 +16,8 @@ KNOWS = {"convert/families.py", "models/presets.py", "convert/gguf.py"}
 
 
 def test_only_the_table_knows_names():
-    names = {family.model_type for family in FAMILIES} | {family.architecture for family in FAMILIES}
+    names = {family.model_type for family in FAMILIES}
+    names |= {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] for name in names}
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         if str(path.relative_to(PACKAGE)) in KNOWS or path.parent.name == "text":

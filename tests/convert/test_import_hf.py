@@ -113,11 +113,12 @@ def test_every_byte_of_a_fused_tensor_is_read_once(make_model, monkeypatch):
 def test_hosts_compare_a_row_of_each_matrix_that_is_of_no_expert(make_model, monkeypatch):
     """Each may be a request to an object store. One host alone compares nothing."""
     hf = make_model(kind="Mixtral", num_key_value_heads=2, num_local_experts=4)
-    monkeypatch.setattr(coordination, "agree", lambda *_: None)
+    monkeypatch.setattr(coordination, "exchange", lambda name, value, seconds: [])
     rows = []
     monkeypatch.setattr(StoredTensor, "read", lambda row: rows.append(row) or np.zeros(1))
-    for hosts, expected in ((1, 0), (2, 2 + 3 * 5)):  # embedding, head; attention and router of three layers
-        monkeypatch.setattr(coordination, "process", lambda hosts=hosts: (0, hosts))
+    # Embedding, head; attention and router of three layers.
+    for service, expected in ((None, 0), (object(), 2 + 3 * 5)):
+        monkeypatch.setattr(coordination, "client", lambda service=service: service)
         with pytest.raises(KeyError):  # no parameter has a place
             load_hf_params(hf.path, {})
         assert len(rows) == expected
