@@ -60,7 +60,8 @@ def test_a_run_is_a_start_too(walk, monkeypatch):
     assert joined == ["hosts"]  # before the checkpoint is read, which makes JAX's devices
     assert (config.init.checkpoint, config.tokenizer.path) == ("run", "my_model")
     assert config.model.num_hidden_layers == 2
-    config_from_checkpoint("my_model")
+    monkeypatch.setenv("HOME", str(walk))
+    assert config_from_checkpoint("~/my_model").init.checkpoint == f"{walk}/my_model"
     assert joined == ["hosts"]
 
 

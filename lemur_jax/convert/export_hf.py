@@ -1,9 +1,7 @@
 """Our checkpoint -> Hugging Face directory that `transformers` opens without this package."""
 
-import contextlib
 import logging
 import re
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,6 +10,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 from etils import epath
+from flax.traverse_util import flatten_dict
 from jax.sharding import SingleDeviceSharding
 
 from lemur_jax.checkpoint.digest import RunningDigest
@@ -23,7 +22,6 @@ from lemur_jax.checkpoint.reading import (
     read_slices,
     suggest_other_steps,
 )
-from lemur_jax.checkpoint.streaming import write_params
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.json_files import write_json
 from lemur_jax.common.paths import absolute
@@ -87,17 +85,16 @@ def export_hf(
     metadata = read_metadata(ckpt_dir, step)
     if adapter_of(metadata) and absolute(metadata["config"]["init"]["checkpoint"]) == absolute(target):
         raise UserError(f"{target} is the base of the adapter in {ckpt_dir}: choose another directory")
-    with _merge_adapter(ckpt_dir, metadata) as (ckpt_dir, metadata):
-        config, tokenizer, tensors = _open(ckpt_dir, metadata, change, dtype)
-        with suggest_other_steps(ckpt_dir, metadata["step"]), atomic_directory(target) as directory:
-            shapes = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}
-            write_weights(directory, shapes, dtype, _ahead(tensors()), MAX_SHARD_BYTES)
-            card = model_card(config, metadata, dtype, chatml=_has_chatml(tokenizer))
-            (directory / "README.md").write_text(card)
-            _write_files(directory, config, dtype, tokenizer)
-            if verify:
-                logger.info("%s", compare_tensors(directory, config, tensors()))
-                logger.info("%s", compare_logits(directory, config, tokenizer))
+    config, tokenizer, tensors = _open(ckpt_dir, metadata, change, dtype)
+    with suggest_other_steps(ckpt_dir, metadata["step"]), staged(target) as directory:
+        shapes = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}
+        write_weights(directory, shapes, dtype, _ahead(tensors()), MAX_SHARD_BYTES)
+        card = model_card(config, metadata, dtype, chatml=_has_chatml(tokenizer))
+        (directory / "README.md").write_text(card)
+        _write_files(directory, config, dtype, tokenizer)
+        if verify:
+            logger.info("%s", compare_tensors(directory, config, tensors()))
+            logger.info("%s", compare_logits(directory, config, tokenizer))
     return config
 
 
@@ -106,21 +103,16 @@ def _open(
 ) -> tuple[DecoderConfig, Tokenizer | None, Callable[[], Tensors]]:
     """The model and the tokenizer that are written, and a function that reads the tensors, in the table's order."""
     stored = DecoderConfig.from_dict(metadata["model"])
-    leaves = metadata["leaves"]["params"]
-    arrays = open_arrays(ckpt_dir, metadata["step"], leaves)
-    where = f"checkpoint {ckpt_dir}, step {metadata['step']}: parameter"
-    expected = {weight.path: weight.shape for weight in layout.weights(stored)}
-    check_shapes(expected, {path: array.shape for path, array in arrays.items()}, where)
+    read = _reader(ckpt_dir, metadata, stored)
     files = tokenizer_files(metadata)
     if unknown := sorted(files.keys() - {*FILE_NAMES, GENERATION_CONFIG}):
         raise UserError(f"{ckpt_dir}: {unknown[0]!r} among the tokenizer's files is not a tokenizer file")
     written, files = change.apply(stored, files, ckpt_dir)
 
     def tensors() -> Tensors:
-        for weight, target in zip(layout.weights(stored), layout.weights(written), strict=True):
-            path = weight.path
-            for name, value in read_parameter(arrays[path], weight, leaves[path].digest, f"{where} {path}"):
-                tensor = np.empty(target.hf_shape, numpy_dtype(dtype))
+        for weight, after in zip(layout.weights(stored), layout.weights(written), strict=True):
+            for name, part in read(weight):
+                tensor = np.empty(after.hf_shape, numpy_dtype(dtype))
                 if name in layout.VOCABULARY:
                     value = change.resize(value, len(tensor))
                 copy_cast(tensor, value, name)
@@ -129,15 +121,37 @@ def _open(
     return written, Tokenizer.from_files(files) if files else None, tensors
 
 
+def _reader(
+    ckpt_dir: epath.PathLike, metadata: dict[str, Any], model: DecoderConfig
+) -> Callable[[layout.Weight], Tensors]:
+    """`read_parameter` of a checkpoint; of an adapter the same, merged into its base, which is in memory as a whole."""
+    if adapter_of(metadata):
+        host = SingleDeviceSharding(jax.devices()[0])
+        wanted = jax.tree.map(lambda leaf: leaf.update(sharding=host), abstract_params(model))
+        source = open_source(ckpt_dir, metadata["step"])
+        params = flatten_dict(source.restore(wanted, lambda _, leaf: jax.device_get(leaf)), sep="/")
+        return lambda weight: zip(
+            weight.names, map(weight.to_hf, weight.parts(params[weight.path])), strict=True
+        )
+    leaves = metadata["leaves"]["params"]
+    arrays = open_arrays(ckpt_dir, metadata["step"], leaves)
+    where = f"checkpoint {ckpt_dir}, step {metadata['step']}: parameter"
+    expected = {weight.path: weight.shape for weight in layout.weights(model)}
+    check_shapes(expected, {path: array.shape for path, array in arrays.items()}, where)
+    return lambda weight: read_parameter(
+        arrays[weight.path], weight, leaves[weight.path].digest, f"{where} {weight.path}"
+    )
+
+
 def read_parameter(array: ts.TensorStore, weight: layout.Weight, digest: str, where: str) -> Tensors:
     """(name, tensor) of all layers of a stored parameter, one chunk of layers at a time.
 
     Raises Damaged after the last tensor if its digest differs from `digest`, that of the saved one.
     """
-    running = RunningDigest()
-    cuts = chunk_slices(array) if weight.stacked else [...]
+    found = RunningDigest()
+    cuts = chunk_slices(array) if weight.lead else [...]
     blocks = read_slices(array, cuts, where)
-    layers = (layer for block in blocks for layer in block.reshape(-1, *weight.shape[len(weight.lead) :]))
+    parts = (part for block in blocks for part in weight.parts(block))
     with ThreadPoolExecutor(1) as pool:  # NumPy releases the GIL: digest and cast run side by side
         for name, layer in zip(weight.names, layers, strict=True):
             future = pool.submit(running.update, layer)
@@ -145,28 +159,6 @@ def read_parameter(array: ts.TensorStore, weight: layout.Weight, digest: str, wh
             future.result()
     if running.value != digest:
         raise Damaged(f"{where} is damaged: it is not what was saved")
-
-
-@contextlib.contextmanager
-def _merge_adapter(
-    ckpt_dir: epath.PathLike, metadata: dict[str, Any]
-) -> Iterator[tuple[epath.PathLike, dict[str, Any]]]:
-    """The checkpoint and its metadata; with an adapter, a temporary one in which it is merged into the base.
-
-    Merging takes the whole model in this host's memory, in float32, and as much of the temporary directory.
-    """
-    if not adapter_of(metadata):
-        yield ckpt_dir, metadata
-        return
-    source = open_source(ckpt_dir, metadata["step"])
-    host = SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(lambda leaf: leaf.update(sharding=host), abstract_params(source.model))
-    params = source.restore(abstract, lambda _, leaf: jax.device_get(leaf))
-    merged = {key: metadata[key] for key in ("format", "model", "tokenizer", "data")}
-    merged["config"] = {**metadata["config"], "adapter": {}}
-    with tempfile.TemporaryDirectory() as directory:
-        write_params(directory, params, merged, metadata["step"])
-        yield directory, read_metadata(directory)
 
 
 def _is_export(directory: epath.Path) -> bool:

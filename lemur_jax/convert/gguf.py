@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -54,14 +54,6 @@ class Architecture:
     keys: Mapping[str, str]  # as `_KEYS`
     interleaved: bool  # whether channels 2i and 2i + 1 of a head are rotated together
     norm_offset: float = 0.0  # added to the scales of norms in the file
-    # config.json so far -> its keys that the file does not state
-    derived: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda raw: {}
-
-
-def _query_scale(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """As in llama.cpp: of the 27B model, the one with narrower heads, it follows from the width."""
-    narrow = raw["head_dim"] != 256
-    return {"query_pre_attn_scalar": raw["hidden_size"] // raw["num_attention_heads"] if narrow else 256}
 
 
 ARCHITECTURES = {
@@ -79,7 +71,6 @@ ARCHITECTURES = {
         keys={**_KEYS, "attention.sliding_window": "sliding_window"},
         interleaved=False,
         norm_offset=1.0,
-        derived=_query_scale,
     ),
 }
 
@@ -153,7 +144,7 @@ def read_config(path: epath.PathLike) -> dict[str, Any]:
             f"{path}: {kind}.rope.scaling.type is {scaling!r}; only none and linear are implemented"
         )
     linear = {"rope_type": "linear", "factor": data.get("rope.scaling.factor")}
-    raw = {
+    return {
         "model_type": architecture.model_type,
         **{name: data[key] for key, name in architecture.keys.items()},
         "vocab_size": int(shapes["token_embd.weight"][1]),
@@ -162,8 +153,9 @@ def read_config(path: epath.PathLike) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in shapes,
         "rope_theta": data.get("rope.freq_base", 10_000.0),
         "rope_scaling": linear if scaling == "linear" else None,
+        # Read for Gemma alone; as llama.cpp has it, which tells the 27B model by its narrower heads.
+        "query_pre_attn_scalar": 256 if head_dim == 256 else width // heads,
     }
-    return raw | architecture.derived(raw)
 
 
 def _architecture(path: epath.PathLike) -> tuple[str, Architecture]:

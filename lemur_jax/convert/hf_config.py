@@ -55,8 +55,6 @@ def read_config(hf_dir: epath.PathLike) -> DecoderConfig:
             f"{hf_dir} holds a PEFT adapter ({ADAPTER_CONFIG}): train from it with its base as config.init.checkpoint"
             " and this directory as config.adapter.checkpoint, or merge it with peft and name the result"
         )
-    if not path.parent.exists():  # `is_dir` would say no of a store that cannot be reached
-        raise UserError(f"{path.parent} is not a directory: download the model there first")
     return from_hf(read_json(path), str(path))
 
 
@@ -137,8 +135,14 @@ def _rope_from_hf(rope: Mapping[str, Any], max_positions: int, where: str) -> di
         raise UserError(
             f"{where}: partial_rotary_factor is {rope['partial_rotary_factor']}; only whole heads are rotated (1.0)"
         )
-    allowed = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    if unknown := sorted(set(rope) - allowed.union(*_ROPE_KEYS.values(), *_ROPE_OPTIONAL.values())):
+    known = {
+        "rope_type",
+        "type",
+        "rope_theta",
+        "partial_rotary_factor",
+        "finetuned",
+    }  # nothing reads the last
+    if unknown := sorted(set(rope) - known.union(*_ROPE_KEYS.values(), *_ROPE_OPTIONAL.values())):
         raise UserError(f"{where}: rope_parameters has the unknown key {unknown[0]}")
     if kind == "longrope" and rope.get("factor") is None:
         key = "original_max_position_embeddings"

@@ -49,12 +49,7 @@ class BinTensor:
 Tensor = StoredTensor | BinTensor | gguf.GgufTensor
 # Prefixes of the text part of a multimodal model and what they become, and of the parts that are left out.
 _TEXT = {"language_model.": "", "model.language_model.": "model."}
-_OTHER_PARTS = (
-    "vision_tower.",
-    "multi_modal_projector.",
-    "model.vision_tower.",
-    "model.multi_modal_projector.",
-)
+_OTHER_PARTS = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\.")
 
 
 def holds_weights(directory: epath.PathLike) -> bool:
@@ -187,12 +182,11 @@ def _text_part(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     prefix = next((each for each in _TEXT if any(name.startswith(each) for name in tensors)), None)
     if prefix is None:
         return tensors
-    left_out = sum(name.startswith(_OTHER_PARTS) for name in tensors)
-    logger.info("%d tensors that are not of the language model are left out", left_out)
+    text = {name: tensor for name, tensor in tensors.items() if not _OTHER_PARTS.match(name)}
+    logger.info("%d tensors that are not of the language model are left out", len(tensors) - len(text))
     return {
         name.replace(prefix, _TEXT[prefix], 1) if name.startswith(prefix) else name: tensor
-        for name, tensor in tensors.items()
-        if not name.startswith(_OTHER_PARTS)
+        for name, tensor in text.items()
     }
 
 

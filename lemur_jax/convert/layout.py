@@ -75,17 +75,16 @@ class Weight:
     """One row of the table for one model."""
 
     path: str  # "/"-joined, in the parameter tree
-    shape: tuple[int, ...]  # ours, with a leading L if stacked
+    shape: tuple[int, ...]  # ours, with the leading axes
     names: tuple[str, ...]  # Hugging Face's tensors, one for each index of the leading axes
     hf_shape: tuple[int, ...]  # of each of them
     lead: tuple[int, ...]  # sizes of our leading axes that have a tensor for each index: (), (L,) or (L, E)
     _split: tuple[int, ...]  # hf_shape with joined axes separated
     _order: tuple[int, ...]  # our axes as indices into `_split`
 
-    @property
-    def stacked(self) -> bool:
-        """Whether our array has the leading axis L."""
-        return bool(self.lead)
+    def parts(self, block: np.ndarray) -> np.ndarray:
+        """Some layers of our array, or all, with one axis for each index of the leading axes."""
+        return block.reshape(-1, *self.shape[len(self.lead) :])
 
     def from_hf(self, tensor: np.ndarray) -> np.ndarray:
         """A tensor of `hf_shape` as a view of our shape for one index of the leading axes."""

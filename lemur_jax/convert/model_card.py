@@ -44,11 +44,16 @@ def model_card(config: DecoderConfig, metadata: Mapping[str, Any], dtype: str, *
         run = fill(RunConfig, run)  # of an older version it may lack keys
         data, train, optimizer = run["data"], run["train"], run["optimizer"]
         if sources := data["sources"]:  # reinforcement learning has none
-            total = sum(source["share"] for source in sources.values())
-            shares = (f"{name} {source['share'] / total:.1%}" for name, source in sources.items())
-            facts["Data (share of tokens)"] = ", ".join(shares)
+            facts["Data (share of tokens)"] = _percent({name: sources[name]["share"] for name in sources})
+        for stage in data["stages"].values():
+            if stage["step"] < metadata["step"]:
+                facts[f"Data from update {stage['step']:,} on"] = _percent(stage["shares"])
         facts["Tokens an update"] = f"{train['batch_rows'] * data['sequence_length']:,}"
         facts["Updates planned"] = f"{train['steps']:,}"
         facts["Learning rate"] = f"{optimizer['learning_rate']:g} → {optimizer['final_learning_rate']:g}"
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     return f"{_FRONT}{_CHAT if chatml else ''}\n| | |\n| --- | --- |\n{table}\n"
+
+
+def _percent(shares: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {share / sum(shares.values()):.1%}" for name, share in shares.items())

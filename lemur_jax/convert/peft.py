@@ -91,8 +91,7 @@ def read_peft(options: AdapterConfig, model: DecoderConfig, dtype: str) -> Param
     expected = {
         name: _matrix_shape(path, abstract[path].shape) for path, each in names.items() for name in each
     }
-    shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    check_shapes(expected, shapes, f"{directory}: tensor")
+    check_shapes(expected, {name: tensor.shape for name, tensor in tensors.items()}, f"{directory}: tensor")
     flat = {}
     for path, each in names.items():
         array = np.stack([tensors[name].read().astype(numpy_dtype(dtype)).T for name in each])

@@ -20,6 +20,7 @@ def config_from_checkpoint(path: epath.PathLike) -> ConfigDict:
     one of our checkpoints the hosts of a run join here, within the default times of `config.hosts`. Raises
     UserError if there is no model, or its tokenizer is no longer where its run found it.
     """
+    path = os.path.expanduser(path)
     ours = not holds_weights(local_model(path))
     if ours:
         hosts.join()  # reading a checkpoint makes JAX's devices

@@ -271,14 +271,20 @@ def test_tokenizer_file_outside_the_directory(tmp_path):
 
 def test_card_tells_of_the_training():
     sources = {"code": {"share": 10.0}, "text": {"share": 1.0}}
+    later = [{"step": step, "shares": {"code": 1.0, "text": 3.0}} for step in (200, 250)]
     run = {
-        "data": {"sources": sources, "sequence_length": 4096},
+        "data": {
+            "sources": sources,
+            "sequence_length": 4096,
+            "stages": {"anneal": later[0], "late": later[1]},
+        },
         "train": {"batch_rows": 1024, "steps": 500},
         "optimizer": {"learning_rate": 4e-5, "final_learning_rate": 4e-6},
     }
     card = model_card(preset("lemur_70b"), {"step": 250, "config": run}, "bfloat16", chatml=False)
     assert "| Tokens an update | 4,194,304 |" in card
     assert "code 90.9%, text 9.1%" in card
+    assert card.count("Data from") == card.count("| Data from update 200 on | code 25.0%, text 75.0% |") == 1
     assert "| Learning rate | 4e-05 → 4e-06 |" in card
     assert "| Checkpoint step | 250 |" in card
 

@@ -106,6 +106,7 @@ def test_a_family_that_refuses_the_heads_is_not_written():
 
 
 ORIGINAL = "original_max_position_embeddings"
+OLD_YARN = {"type": "yarn", "factor": 32.0, ORIGINAL: 1024, "finetuned": True}  # of Yarn-Llama-2
 SU = {"type": "su", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
 
 
@@ -119,6 +120,7 @@ SU = {"type": "su", "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
         ({"model_type": "gemma2", "attn_logit_softcapping": None}, "attention_softcap", 0.0),
         ({"model_type": "gemma3_text", "rope_scaling": None}, "rope_theta", 1e6),
         ({"model_type": "smollm3", "num_key_value_heads": None}, "num_key_value_heads", 32),
+        ({"rope_scaling": OLD_YARN}, "rope_factor", 32.0),
         ({"model_type": "phi3", "rope_scaling": SU, ORIGINAL: 1024}, "rope_factor", 4.0),
     ],
 )
@@ -240,10 +242,9 @@ def test_damaged_json(tmp_path, text):
 
 
 def test_a_config_that_cannot_be_read(tmp_path):
-    with pytest.raises(UserError, match="not a directory"):
-        hf_config.read_config(tmp_path / "meta-llama/Llama-2-7b-hf")
-    with pytest.raises(UserError, match="does not exist"):
-        hf_config.read_config(tmp_path)
+    for missing in (tmp_path, tmp_path / "meta-llama/Llama-2-7b-hf"):
+        with pytest.raises(UserError, match=f"does not exist: is {missing} a Hugging Face model directory"):
+            hf_config.read_config(missing)
     (tmp_path / "config.json").mkdir()
     with pytest.raises(UserError, match=r"config\.json cannot be read: Is a directory"):
         hf_config.read_config(tmp_path)

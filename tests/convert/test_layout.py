@@ -22,7 +22,7 @@ def test_both_directions_are_views_and_inverse():
     for weight in layout.weights(preset("tiny")):
         tensor = np.random.default_rng(0).normal(size=weight.hf_shape)
         ours = weight.from_hf(tensor)
-        assert ours.shape == (weight.shape[1:] if weight.stacked else weight.shape)
+        assert ours.shape == (weight.shape[1:] if weight.lead else weight.shape)
         assert np.shares_memory(ours, tensor)
         np.testing.assert_array_equal(weight.to_hf(np.ascontiguousarray(ours)), tensor)
         # Export must not copy before it casts, or a float32 twin of each tensor exists for a while.
