@@ -26,13 +26,10 @@ Chats are in ChatML: `tokenizer.apply_chat_template(messages, add_generation_pro
 
 def model_card(config: DecoderConfig, metadata: Mapping[str, Any], dtype: str, *, chatml: bool) -> str:
     """Markdown with the model's shape and, if the checkpoint's metadata has a run's config, its training."""
-    experts = (
-        f", {config.num_experts} experts, {config.experts_per_token} a token" if config.num_experts else ""
-    )
     facts = {
         "Parameters": f"{num_params(config):,}",
         "Weights": dtype,
-        "Layers": f"{config.num_hidden_layers} of width {config.hidden_size}, mlp {config.intermediate_size}{experts}",
+        "Layers": f"{config.num_hidden_layers} of width {config.hidden_size}, mlp {config.intermediate_size}",
         "Heads": f"{config.num_attention_heads} of width {config.head_dim},"
         f" {config.num_key_value_heads} for keys and values",
         "Vocabulary": f"{config.vocab_size:,}" + (", head tied" if config.tie_word_embeddings else ""),
@@ -40,6 +37,8 @@ def model_card(config: DecoderConfig, metadata: Mapping[str, Any], dtype: str, *
         "Rotary embedding": f"θ {config.rope_theta:,.0f}, scaling {config.rope_scaling}",
         "Checkpoint step": f"{metadata['step']:,}",
     }
+    if config.num_experts:
+        facts["Experts"] = f"{config.num_experts}, {config.experts_per_token} a token"
     if run := metadata.get("config"):
         run = fill(RunConfig, run)  # of an older version it may lack keys
         data, train, optimizer = run["data"], run["train"], run["optimizer"]
