@@ -86,7 +86,7 @@ def export_hf(
     if adapter_of(metadata) and absolute(metadata["config"]["init"]["checkpoint"]) == absolute(target):
         raise UserError(f"{target} is the base of the adapter in {ckpt_dir}: choose another directory")
     config, tokenizer, tensors = _open(ckpt_dir, metadata, change, dtype)
-    with suggest_other_steps(ckpt_dir, metadata["step"]), staged(target) as directory:
+    with suggest_other_steps(ckpt_dir, metadata["step"]), atomic_directory(target) as directory:
         shapes = {name: weight.hf_shape for weight in layout.weights(config) for name in weight.names}
         write_weights(directory, shapes, dtype, _ahead(tensors()), MAX_SHARD_BYTES)
         card = model_card(config, metadata, dtype, chatml=_has_chatml(tokenizer))
@@ -110,9 +110,9 @@ def _open(
     written, files = change.apply(stored, files, ckpt_dir)
 
     def tensors() -> Tensors:
-        for weight, after in zip(layout.weights(stored), layout.weights(written), strict=True):
-            for name, part in read(weight):
-                tensor = np.empty(after.hf_shape, numpy_dtype(dtype))
+        for weight, target in zip(layout.weights(stored), layout.weights(written), strict=True):
+            for name, value in read(weight):
+                tensor = np.empty(target.hf_shape, numpy_dtype(dtype))
                 if name in layout.VOCABULARY:
                     value = change.resize(value, len(tensor))
                 copy_cast(tensor, value, name)
@@ -124,12 +124,12 @@ def _open(
 def _reader(
     ckpt_dir: epath.PathLike, metadata: dict[str, Any], model: DecoderConfig
 ) -> Callable[[layout.Weight], Tensors]:
-    """`read_parameter` of a checkpoint; of an adapter the same, merged into its base, which is in memory as a whole."""
+    """Weight -> its tensors; an adapter is merged into its base first, with the whole model in this host's memory."""
     if adapter_of(metadata):
         host = SingleDeviceSharding(jax.devices()[0])
-        wanted = jax.tree.map(lambda leaf: leaf.update(sharding=host), abstract_params(model))
+        abstract = jax.tree.map(lambda leaf: leaf.update(sharding=host), abstract_params(model))
         source = open_source(ckpt_dir, metadata["step"])
-        params = flatten_dict(source.restore(wanted, lambda _, leaf: jax.device_get(leaf)), sep="/")
+        params = flatten_dict(source.restore(abstract, lambda _, leaf: jax.device_get(leaf)), sep="/")
         return lambda weight: zip(
             weight.names, map(weight.to_hf, weight.parts(params[weight.path])), strict=True
         )
@@ -148,10 +148,10 @@ def read_parameter(array: ts.TensorStore, weight: layout.Weight, digest: str, wh
 
     Raises Damaged after the last tensor if its digest differs from `digest`, that of the saved one.
     """
-    found = RunningDigest()
+    running = RunningDigest()
     cuts = chunk_slices(array) if weight.lead else [...]
     blocks = read_slices(array, cuts, where)
-    parts = (part for block in blocks for part in weight.parts(block))
+    layers = (layer for block in blocks for layer in weight.parts(block))
     with ThreadPoolExecutor(1) as pool:  # NumPy releases the GIL: digest and cast run side by side
         for name, layer in zip(weight.names, layers, strict=True):
             future = pool.submit(running.update, layer)

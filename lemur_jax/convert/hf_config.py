@@ -136,8 +136,8 @@ def _rope_from_hf(rope: Mapping[str, Any], max_positions: int, where: str) -> di
             f"{where}: partial_rotary_factor is {rope['partial_rotary_factor']}; only whole heads are rotated (1.0)"
         )
     # `finetuned` is in the configs of the first models with YaRN, and nothing reads it.
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
-    if unknown := sorted(set(rope) - known.union(*_ROPE_KEYS.values(), *_ROPE_OPTIONAL.values())):
+    allowed = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"}
+    if unknown := sorted(set(rope) - allowed.union(*_ROPE_KEYS.values(), *_ROPE_OPTIONAL.values())):
         raise UserError(f"{where}: rope_parameters has the unknown key {unknown[0]}")
     if kind == "longrope" and rope.get("factor") is None:
         key = "original_max_position_embeddings"

@@ -191,7 +191,7 @@ def _stream(weight: layout.Weight, tensors: Mapping[str, Tensor], dtype: str, ch
     def read(layer: int) -> np.ndarray:
         block = tuple((0, size) for size in weight.shape)
         if weight.lead:
-            block = ((number, number + 1), *block[1:])
+            block = ((layer, layer + 1), *block[1:])
         return _load(weight, tensors, {block}, dtype, change)[block]
 
     pieces = weight.lead[0] if weight.lead else 1

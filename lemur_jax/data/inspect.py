@@ -79,11 +79,11 @@ def histogram(lengths: np.ndarray) -> list[str]:
     """How many lengths lie in (2^(k-1), 2^k], one line for each k from the first that occurs."""
     exponents = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
     counts = np.bincount(exponents)
-    first = int(exponents.min())
+    lowest = int(exponents.min())
     scale = _BAR / counts.max()
     return [
         f"  up to {1 << exponent:>9,}  {'#' * int(np.ceil(count * scale)):<{_BAR}}  {count:,}"
-        for exponent, count in enumerate(counts[first:].tolist(), first)
+        for exponent, count in enumerate(counts[lowest:].tolist(), lowest)
     ]
 
 
