@@ -5,6 +5,7 @@ not change for a while belongs to a process that was killed.
 """
 
 import contextlib
+import errno
 import itertools
 import logging
 import os
@@ -29,8 +30,9 @@ LEASE_FILE = "running.lease"
 WAIT_SECONDS = 300.0
 RENEW_SECONDS = 10.0  # between two writes of the lease
 EXPIRE_SECONDS = 60.0  # a lease that has not changed for this long is free; a store may be out of reach
-SETTLE_SECONDS = 1.0  # in which another run that also found no lease may write; the last one wins
+SETTLE_SECONDS = 1.0  # in which another run that also found the lease free may write; the last one wins
 RELEASE_SECONDS = 30.0  # for the last write of the lease; the store may not answer
+_NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of `flock` on network disks
 
 
 @contextlib.contextmanager
@@ -49,7 +51,8 @@ def workdir_lock(
 
 @contextlib.contextmanager
 def _file_lock(workdir: epath.Path, seconds: float, verb: str) -> Iterator[None]:
-    lock = filelock.FileLock(os.fspath(workdir / LOCK_FILE))
+    # filelock's fallback (3.32) does not keep a second run out either, and hides that there is no lock.
+    lock = filelock.FileLock(os.fspath(workdir / LOCK_FILE), fallback_to_soft=False)
     try:
         try:
             lock.acquire(timeout=0)
@@ -58,7 +61,9 @@ def _file_lock(workdir: epath.Path, seconds: float, verb: str) -> Iterator[None]
             lock.acquire(timeout=seconds)
     except filelock.Timeout as error:
         raise _refusal(f"another `{verb}`", workdir, seconds) from error
-    except NotImplementedError:  # of filelock, where the file system has no locks
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
         logger.warning("%s is on a disk without locks: do not start a second run there", workdir)
     try:
         yield

@@ -1,5 +1,7 @@
 """One run at a time in a workdir. Directories of a disk stand for those of an object store."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
 import signal
@@ -124,3 +126,14 @@ def test_on_a_disk_a_second_run_waits_and_a_killed_one_leaves_the_workdir_free(t
     threading.Timer(0.2, first.kill).start()
     with workdir_lock(workdir):
         assert first.wait() == -signal.SIGKILL
+
+
+def test_on_a_disk_without_locks_each_run_is_warned(tmp_path, monkeypatch, caplog):
+    def flock(file, operation):
+        if operation & fcntl.LOCK_EX:
+            raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with workdir_lock(epath.Path(tmp_path)), workdir_lock(epath.Path(tmp_path)):
+        pass
+    assert caplog.messages == [f"{tmp_path} is on a disk without locks: do not start a second run there"] * 2
