@@ -186,9 +186,12 @@ def agree(name: str, value: Callable[[], str]) -> None:
     if _alone.get() or (service := coordination.client()) is None:
         return
     values = coordination.exchange(name, value(), AGREE_SECONDS)
-    names = [coordination.host_name(host, service) for host in range(len(values))]
-    if other := [names[host] for host in range(len(values)) if values[host] != values[0]]:
-        raise UserError(f"{name} differs between hosts: {', '.join(other)} has another than {names[0]}")
+    other = [
+        coordination.host_name(host, service) for host in range(len(values)) if values[host] != values[0]
+    ]
+    if other:
+        first = coordination.host_name(0, service)
+        raise UserError(f"{name} differs between hosts: {', '.join(other)} has another than {first}")
 
 
 def any_host(flag: bool) -> bool:

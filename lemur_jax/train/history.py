@@ -43,9 +43,11 @@ def open_history(log: LogConfig, workdir: epath.Path, step: int, started: float)
         return
     spent = earlier_time(workdir, step, started)
     with MetricsWriter(workdir, tensorboard=log.tensorboard, wandb=log.wandb) as writer:
-        times = (record for record in read_metrics(workdir) if record.get("kind") == "time")
-        saved = max((record.get("checkpoint", 0) for record in times), default=0)
-        if saved and not step:
+        earlier = read_metrics(workdir) if not step else []
+        saved = max(
+            (record.get("checkpoint", 0) for record in earlier if record.get("kind") == "time"), default=0
+        )
+        if saved:
             raise UserError(
                 f"there is no checkpoint in {workdir}/checkpoints, but {METRICS_FILE} says that step {saved} was"
                 f" saved: put them back, or remove {METRICS_FILE} to begin again at step 0"

@@ -114,7 +114,8 @@ def train(
 
 def check_before_start(inputs: Inputs, log: LogConfig) -> None:
     """UserError: a kernel refuses the batch, a package of `config.log` is missing, or hosts differ in code or data."""
-    check_installed(log)
+    if is_primary():  # only it writes to the trackers
+        check_installed(log)
     inputs.program.trace()
     code = "the code of lemur_jax, or the version of Python or a library (`lemur doctor` shows them),"
     agree(code, lambda: digest_of([code_digest(), *versions()]))
