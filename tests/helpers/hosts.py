@@ -57,7 +57,7 @@ class Project:
         return finish(self.start(hosts, *words, errors=errors))
 
     def patched(self, code: str, *words: str) -> list[subprocess.Popen]:
-        """`lemur WORDS` on two hosts, each of which runs `code` first; `host` is its number there."""
+        """Starts `lemur WORDS` on two hosts. Each runs `code` first, in which `host` is its index, "0" or "1"."""
         begin = "import os, sys\nfrom lemur_jax.cli import main\nhost = os.environ['JAX_PROCESS_ID']\n"
         end = "\nsys.exit(main(sys.argv[1:]))"
         return self.start(2, "-c", begin + code + end, *words, "--virtual-devices", "4")

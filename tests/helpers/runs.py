@@ -186,12 +186,12 @@ def asked_at(poll, request=lambda interruption, cause: interruption.request(caus
     """`Interruption.should_stop` where SIGTERM comes before it is called for the `poll`-th time."""
     polls = itertools.count(1)
 
-    def reached(self):
+    def should_stop(self):
         if next(polls) == poll:
             request(self, "SIGTERM")
         return self.requested
 
-    return reached
+    return should_stop
 
 
 def without_clock(records):

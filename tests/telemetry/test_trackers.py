@@ -1,10 +1,10 @@
-"""What TensorBoard's and W&B's own readers find in the files that a run leaves."""
+"""What TensorBoard's own reader finds in the files that a run leaves, and what W&B is given."""
 
 import hashlib
 import shutil
 import sys
 import types
-from unittest.mock import Mock
+from unittest.mock import create_autospec
 
 import pytest
 
@@ -52,8 +52,8 @@ def test_tensorboard_itself_shows_each_step_of_a_resumed_run_once(tmp_path, monk
 
 def test_wandb_gets_every_number(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
-    run = Mock()
-    monkeypatch.setattr(wandb, "init", lambda **_: run)
+    run = create_autospec(wandb.Run, instance=True)
+    monkeypatch.setattr(wandb, "init", create_autospec(wandb.init, return_value=run))
     write_records(tmp_path / "my-run", wandb=True)
     run.define_metric.assert_called_once_with("*", step_metric="step")
     rows = [call.args[0] for call in run.log.call_args_list]
@@ -77,13 +77,14 @@ def test_on_gs_tensorboard_names_what_it_needs_more(monkeypatch):
 
 
 def test_a_run_that_resumes_is_the_same_and_one_that_begins_another(tmp_path, monkeypatch):
-    wandb, started = pytest.importorskip("wandb"), []
-    monkeypatch.setattr(wandb, "init", lambda **options: started.append(options) or Mock())
+    wandb = pytest.importorskip("wandb")
+    init = create_autospec(wandb.init)
+    monkeypatch.setattr(wandb, "init", init)
     run = tmp_path / "run"
 
     def start(workdir, fresh):
         WeightsAndBiases(workdir, fresh)
-        return started[-1]["id"]
+        return init.call_args.kwargs["id"]
 
     run.mkdir()
     old, first = start(run, False), start(run, True)
@@ -96,7 +97,7 @@ def test_a_run_that_resumes_is_the_same_and_one_that_begins_another(tmp_path, mo
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
     monkeypatch.setenv("WANDB_NAME", "my name")
     assert start(run, False) == "mine"
-    assert [options["name"] for options in started[-3:]] == ["copy", "run", "my name"]
+    assert [call.kwargs["name"] for call in init.call_args_list[-3:]] == ["copy", "run", "my name"]
 
 
 @pytest.mark.parametrize(("package", "tracker"), [("tensorboardX", "tensorboard"), ("wandb", "wandb")])

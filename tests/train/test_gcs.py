@@ -18,16 +18,16 @@ from lemur_jax.cluster.preemption import Interruption
 
 workdir = epath.Path(sys.argv[1])
 words = ["train", "--config", "config.py", "--workdir", str(workdir), "--config.train.steps=6"]
-reached, polls, seen = Interruption.reached, [], set()
+should_stop, polls, seen = Interruption.should_stop, [], set()
 
 def terminated(self):
     polls.append(self)
     seen.update(path.name for path in workdir.iterdir())
     if len(polls) == 4:
         self.request("SIGTERM")
-    return reached(self)
+    return should_stop(self)
 
-Interruption.reached = terminated
+Interruption.should_stop = terminated
 assert main(words) == 0
 assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["3", "4"]
 assert ("running.lease" in seen) == (sys.argv[1].startswith("gs:"))

@@ -32,14 +32,14 @@ def alone(batch):
 @pytest.mark.parametrize(
     ("shape", "microbatches", "chunk"),
     [
-        *(((1, 8, 1, 1), 1, 0), ((2, 2, 1, 2), 1, 0), ((1, 2, 2, 2), 1, 0)),
-        *(((1, 1, 1, 1), 4, 0), ((1, 1, 1, 1), 1, 16), ((1, 1, 1, 1), 2, 32)),
+        ((1, 8, 1, 1), 1, 0), ((2, 2, 1, 2), 1, 0), ((1, 2, 2, 2), 1, 0),
+        ((1, 1, 1, 1), 4, 0), ((1, 1, 1, 1), 1, 16), ((1, 1, 1, 1), 2, 32),
         # Positions and chunks are cut over devices.
         ((1, 2, 4, 1), 1, 16),
         # Gradients are summed over copies after the last microbatch.
-        *(((2, 2, 1, 2), 2, 0), ((4, 1, 2, 1), 2, 0)),
+        ((2, 2, 1, 2), 2, 0), ((4, 1, 2, 1), 2, 0),
     ],
-)
+)  # fmt: skip
 def test_same_loss_on_every_mesh_and_in_any_split(alone, batch, shape, microbatches, chunk):
     config = tiny_config({"train.microbatches": microbatches, "compute.loss_chunk": chunk})
     program = program_on(shape, config)
