@@ -242,7 +242,7 @@ def _complete(values: ConfigDict, defaults: Mapping[str, Any]) -> None:
 
 
 def _run_config_file(argument: str) -> ConfigDict:
-    path, colon, argument_value = argument.partition(":")
+    path, colon, arg = argument.partition(":")
     if not os.path.isfile(path):
         raise UserError(f"there is no config file {path}")
     # Modules of tasks, and configs that this one imports, may be in the same directory.
@@ -255,7 +255,7 @@ def _run_config_file(argument: str) -> ConfigDict:
     module = sys.modules["lemur_config"] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config(argument_value) if colon else module.get_config()
+        config = module.get_config(arg) if colon else module.get_config()
     except UserError:
         raise
     except (Exception, SystemExit) as error:

@@ -31,7 +31,7 @@ class Copies:
     def differentiate(self, gradient_of: Callable) -> Callable:
         """`gradient_of`, (params, batch) -> (gradient, sums), with a leading axis C in the gradient.
 
-        Its sums over rows come back as [B]; its scalar sums over the batch as [C].
+        Its sums of each row come back as [B]; its scalar sums over the batch as [C].
         """
 
         def split(x):

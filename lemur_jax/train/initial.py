@@ -28,8 +28,8 @@ Origins = dict[str, dict[str, Any]]
 class InitialParams:
     """The first parameters of a run, made when they are asked for; `teacher` is `config.distill.teacher`.
 
-    What is in the given `Origins` is read again at that step, and refused where it was made again since; the rest is
-    read at its newest step, and added to them.
+    A model that is in the given `Origins` is read at its step there, and refused if its weights have changed since.
+    One that is not is read at its newest step, and added to them.
     """
 
     init: InitConfig
@@ -70,7 +70,7 @@ class InitialParams:
         return source.restore(abstract, leaf_quantizer(model, mesh))
 
     def check(self, resumed: bool, origins: Origins) -> list[str]:
-        """Opens what a start reads, but no weights, and returns the paths; `resumed`: the run has checkpoints.
+        """Opens what a start reads, without restoring models, and returns the paths; `resumed`: it has checkpoints.
 
         Raises UserError as `params` and `frozen`.
         """

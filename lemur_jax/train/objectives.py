@@ -48,8 +48,8 @@ class Objective:
       arrays: further arrays of the batch, [B] or [B, T]: name -> (1 or 2 dimensions, dtype), e.g.
         {"advantages": (2, "float32")}. They are sharded and divided into microbatches like the others.
       reference: (model with the first parameters of the run, batch) -> further arrays of the batch, without gradient:
-        `reference_logprobs`, or others. Those parameters then stay on the devices: the base of an adapter, or a
-        copy. None: no reference.
+        the function `reference_logprobs`, or another. Those parameters then stay on the devices: the base of an
+        adapter, or a copy. None: no reference.
       teacher: the model of those first parameters, if it is that of `config.distill` and not the run's.
       additive: whether the sums of parts of a batch add up to those of the batch; False if the loss has a mean over
         the batch, which is then taken over a microbatch.

@@ -117,7 +117,8 @@ class Saves(contextlib.AbstractContextManager):
     ) -> None:
         """Saves the state after `step` updates in the background.
 
-        With it held-out losses by task, if there are any, and the target tokens until then, by their key in a record.
+        It stores `losses`, the held-out losses by task, if any, and `tokens`, the target tokens so far by their key in
+        a record.
 
         If no update follows, after the last step or with `stop`, it returns when everything is written, and retries
         until that succeeds. Raises UserError if too many saves failed, or a leaf is not finite.
@@ -141,7 +142,7 @@ class Saves(contextlib.AbstractContextManager):
         """The state with the parameters of the last regular checkpoint before the skips, and its step.
 
         If that checkpoint is missing because a save failed, its parameters are computed again from an older one.
-        `state` is deleted. Raises UserError: the run was rolled back more than `most` times.
+        `state` must not be used afterwards. Raises UserError: the run was rolled back more than `most` times.
         """
         rule = spike_state(state.optimizer)
         assert rule is not None

@@ -7,7 +7,7 @@ and not of where it was killed.
 
 A skipped update leaves parameters and moments as they are; the step, the data and the learning rate's
 schedule go on. A rollback takes parameters, moments and memory from the last regular checkpoint before
-the skips, and does not rewind them either: the batches in between are not trained on again, as in
+the skips; step, data and schedule go on here too: the batches in between are not trained on again, as in
 Chowdhery et al. 2022, section 5.1.
 """
 
@@ -99,10 +99,10 @@ def rollback_state(counters: Any, good: TrainState, step: jax.Array, done: int, 
     def scalar(value: int, like: jax.Array) -> jax.Array:
         return jax.device_put(np.int32(value), like.sharding)
 
-    spike_state = good.optimizer.inner_state
-    restored = spike_state._replace(
-        in_a_row=scalar(0, spike_state.in_a_row),
-        rollbacks=scalar(rollbacks, spike_state.rollbacks),
-        rolled_back_at=scalar(done, spike_state.rolled_back_at),
+    rule = good.optimizer.inner_state
+    restored = rule._replace(
+        in_a_row=scalar(0, rule.in_a_row),
+        rollbacks=scalar(rollbacks, rule.rollbacks),
+        rolled_back_at=scalar(done, rule.rolled_back_at),
     )
     return dataclasses.replace(good, step=step, optimizer=counters._replace(inner_state=restored))

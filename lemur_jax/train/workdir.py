@@ -49,9 +49,9 @@ def _is_free(key: str, values: Mapping[str, Any]) -> bool:
         return not (means or values["adapter"]["dropout"])
     if key == "checkpoint.every_steps":
         return not values["spikes"]["rollback_after"]
-    if key == "compute.param_dtype":  # of what is in the checkpoints
+    if key == "compute.param_dtype":  # the parameters in the checkpoints have it
         return False
-    if key == "mesh.data":  # of which each copy draws its own noise
+    if key == "mesh.data":  # with microbatches, each copy draws its own dropout noise
         return not values["adapter"]["dropout"]
     return key.startswith(FREE) and key not in RECORDED
 
