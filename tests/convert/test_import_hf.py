@@ -25,7 +25,7 @@ from lemur_jax.convert.import_hf import import_hf, load_hf_params
 from lemur_jax.convert.safetensors import StoredTensor
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.models.decoder import abstract_params
-from tests.helpers.hf_faults import FAULTS, NOT_FINITE, edit
+from tests.helpers.hf_faults import FAULTS, NOT_FINITE, edit, with_one
 
 
 def expected_params(state, config):
@@ -258,6 +258,12 @@ def test_a_fault_that_is_met_while_writing_is_one_line(make_model, tmp_path):
 def test_unknown_dtype(hf_model, tmp_path):
     with pytest.raises(UserError, match="unknown dtype 'int8'"):
         import_hf(hf_model.path, tmp_path / "checkpoint", dtype="int8")
+
+
+def test_overflow_names_the_tensor(hf_model, tmp_path):
+    edit(model__norm__weight=with_one(-70_000.0, 32))(hf_model)
+    with pytest.raises(UserError, match=r"model\.norm\.weight has a value of 70000, .*float16"):
+        import_hf(hf_model.path, tmp_path / "checkpoint", dtype="float16")
 
 
 def test_a_second_tied_head_is_ignored(make_model):

@@ -109,10 +109,10 @@ def test_two_hosts_train_as_one_and_one_of_them_writes(hosts_project, one, two):
     )
 
 
-def export(hosts_project, workdir, directory):
-    """Both hosts are told to export; they must make what one makes alone."""
+def export(hosts_project, hosts, workdir, directory):
+    """All hosts are told to export; they must make what one makes alone."""
     made = []
-    for count in (2, 1):
+    for count in (hosts, 1):
         target = directory / f"hf-{count}"
         words = ["-m", "lemur_jax", "export-hf", str(workdir), str(target)]
         finish(hosts_project.start(count, *words))
@@ -136,7 +136,7 @@ def test_two_hosts_generate_and_one_of_them_exports(hosts_project, two, tmp_path
     assert primary.endswith(alone)
     assert GLOO.fullmatch(primary.removesuffix(alone))
     assert GLOO.fullmatch(other)
-    export(hosts_project, workdir, tmp_path)
+    export(hosts_project, 2, workdir, tmp_path)
 
 
 @pytest.mark.slow
@@ -159,19 +159,32 @@ def test_what_people_type_into_needs_one_host(hosts_project, two, verb, reason):
     assert reason in said[0], said
 
 
+def zeros(weights):
+    """Another model of the same shape: all tensors of a safetensors file are 0."""
+    start = 8 + int.from_bytes(weights[:8], "little")
+    return weights[:start] + bytes(len(weights) - start)
+
+
 @pytest.mark.slow
-def test_what_one_host_refuses_ends_generation_on_both(hosts_project, two, tmp_path):
-    """Each host reads its own copy of the model, and that of host 1 is damaged."""
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda weights: weights[:-8], "lemur: host 1 failed: UserError: .* is not a whole safetensors file"),
+        (zeros, "the Hugging Face model that is read differs between hosts: host 1"),
+    ],
+    ids=["damaged", "another model"],
+)
+def test_what_one_host_refuses_ends_generation_on_both(hosts_project, two, tmp_path, change, reason):
+    """Each host reads its own copy of the model, and that of host 1 has other weights."""
     workdir, _ = two
     whole = tmp_path / "host-0"
     finish(hosts_project.start(1, "-m", "lemur_jax", "export-hf", str(workdir), str(whole)))
     shutil.copytree(whole, tmp_path / "host-1")
     weights = tmp_path / "host-1" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-8])
+    weights.write_bytes(change(weights.read_bytes()))
     words = ["smoke", "--checkpoint", str(tmp_path / "model"), "--mesh", "fsdp=8"]
     said = finish(hosts_project.patched(OWN_MODEL, *words), 2, 2)
-    assert "is not a whole safetensors file" in said[0]
-    assert "lemur: host 1 failed: UserError" in said[0]
+    assert re.search(reason, said[0]), said
 
 
 def kill(hosts_project, workdir, how, victim=1):
@@ -215,6 +228,13 @@ def test_death_of_host_0_is_named_too(hosts_project, tmp_path):
     code, said, _ = kill(hosts_project, tmp_path / "run", signal.SIGKILL, victim=0)
     assert code == -signal.SIGABRT, said
     assert "terminating process" in said.lower(), said
+
+
+@pytest.mark.slow
+def test_four_hosts_train_and_export_as_one(hosts_project, one, tmp_path):
+    hosts_project.lemur(4, *hosts_project.train_words(tmp_path / "run"))
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(one), rtol=1e-5)
+    export(hosts_project, 4, tmp_path / "run", tmp_path)
 
 
 # A host whose data are slow: each of its batches takes 2 s longer.
