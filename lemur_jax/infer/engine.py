@@ -103,9 +103,8 @@ class Engine:
     @session.setter
     def session(self, session: Session) -> None:
         self._session = session
-        self._cached_prompts: list[list[int]] = [
-            [] for _ in self._rows
-        ]  # whole chunks of prompts in the cache
+        # Whole chunks of prompts in the cache.
+        self._cached_prompts: list[list[int]] = [[] for _ in self._rows]
         self._prefix_rows.clear()
         for prompt in filter(None, self._prompts):
             prompt.done = 0

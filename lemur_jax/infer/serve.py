@@ -329,9 +329,8 @@ class _Server:
         def by_text(top: dict[int, float]) -> dict[str, float]:
             entries: dict[str, float] = {}
             for token, value in top.items():
-                entries.setdefault(
-                    spelled(self.tokenizer, token)[0], value
-                )  # the likeliest of those with this text
+                # The likeliest of those with one text.
+                entries.setdefault(spelled(self.tokenizer, token)[0], value)
             return entries
 
         none = [None] * len(asked[:1])

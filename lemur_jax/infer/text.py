@@ -31,9 +31,8 @@ def num_settled_tokens(tokenizer: Tokenizer, tokens: Sequence[int]) -> int:
 
 def continuation(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Sequence[int]) -> str:
     """The text that `tokens` add to `prompt`, with the space in front if there is one."""
-    context = list(
-        prompt[num_settled_tokens(tokenizer, prompt[:-CONTEXT]) :]
-    )  # does not begin inside a character
+    start = num_settled_tokens(tokenizer, prompt[:-CONTEXT])  # not inside a character
+    context = list(prompt[start:])
     prefix, text = tokenizer.decode(context), tokenizer.decode([*context, *tokens])
     if not text.startswith(prefix):  # the tokens complete a character whose first bytes the prompt has
         prefix = prefix.rstrip(INCOMPLETE)

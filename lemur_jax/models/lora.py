@@ -95,9 +95,10 @@ def adapt(options: AdapterConfig, base: Params, adapter: Params, key: jax.Array 
       adapter: as from `abstract_adapter`.
       key: of the dropout, another one for each update and microbatch; None: no dropout.
     """
-    flat, factors = (flatten_dict(tree, sep="/") for tree in (base, adapter))
+    flat, factors = flatten_dict(base, sep="/"), flatten_dict(adapter, sep="/")
     for index, path in enumerate(sorted({factor.rpartition("/")[0] for factor in factors})):
-        a, b, own = factors[f"{path}/a"], factors[f"{path}/b"], None
+        a, b = factors[f"{path}/a"], factors[f"{path}/b"]
+        own = None
         if key is not None and options.dropout:
             own = jax.random.fold_in(key, index)
             own = jax.random.key_data(jax.random.split(own, len(a)) if path.startswith("layers/") else own)
