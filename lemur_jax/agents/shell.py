@@ -80,7 +80,7 @@ class Shell:
         return ENDED
 
     def _receive(self) -> Any:
-        """The next message; None: the process has ended, or what came in time is none. A cell can write here too."""
+        """The next message; None if the process ends or sends no line in time or in `MOST_BYTES` (a cell can write)."""
         line, end = b"", time.monotonic() + CELL_SECONDS + GRACE_SECONDS
         replies = select.poll()  # `select.select` takes no descriptor above 1,023
         replies.register(self._replies, select.POLLIN)

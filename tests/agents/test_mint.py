@@ -118,7 +118,9 @@ for pipe in range(3, 100):
         pass
 """
     for written in (f"{call}\n", "no end"):
+        started = time.monotonic()
         assert cells.run_cell(cell % written.encode()) == shell.ENDED
+        assert time.monotonic() - started < shell.CELL_SECONDS / 2  # ended by what it wrote, not by the clock
         assert cells.run_cell("1 + 1") == "Out[1]: 2\n"
     cells.close()
 
@@ -259,6 +261,17 @@ def test_a_damaged_file_is_named(tmp_path, line):
         mint.load_tasks(tmp_path, "mmlu", {})
     with pytest.raises(UserError, match=r"mmlu/results.jsonl is not an episode of MINT .*: get data/"):
         mint.recorded_run(tmp_path)
+
+
+def test_a_shell_that_does_not_start_and_says_nothing_is_named_by_its_exit_code(monkeypatch):
+    def end(*_, channels, **__):
+        list(map(os.close, channels))
+        return sandbox.Result(code=1, output="", errors="", seconds=0.0, isolation="")
+
+    monkeypatch.setattr(shell, "interpreter", lambda python: (python, sys.base_prefix))
+    monkeypatch.setattr(shell, "run", end)
+    with pytest.raises(UserError, match="does not start in the sandbox: exit code 1"):
+        Shell({}).run_cell("1")
 
 
 def test_a_shell_of_a_large_batch(monkeypatch):
