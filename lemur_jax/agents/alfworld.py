@@ -40,7 +40,7 @@ class AlfworldEnvironment(MintEnvironment):
     def __init__(self, task: Task, game: pathlib.Path, python: str = sys.executable):
         super().__init__(task, {}, python)
         self._game = game
-        self._process: Any = None  # with both pipes
+        self._process: Any = None  # a Popen with both pipes, while a game runs
         self._won, self._actions = False, 0
 
     def reset(self) -> str:

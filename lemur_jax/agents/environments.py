@@ -50,7 +50,7 @@ class Environment(abc.ABC):
     """One task."""
 
     id: str
-    content: Any = None  # JSON: what the user's files say of the task; a run goes on with the same alone
+    content: Any = None  # data of the task, as JSON values; `lemur rl` resumes only with the same
     max_turns: int | None = None  # where its protocol fixes them
     stops: tuple[str, ...] = ()  # an action of an agent ends before the first of these
     cumulative_rewards = False  # whether a reward is for all turns so far, not for the last one alone

@@ -132,13 +132,13 @@ class InterCodeBash(Environment):
     def __init__(self, id: str, task: Mapping[str, str], setup: str):
         self.id, self.content = f"intercode-bash/{id}", [task, setup]
         self._task, self._setup = task, setup
-        self._world: _FileTree | None = None
+        self._tree: _FileTree | None = None
 
     def reset(self) -> str:
         self.close()
-        self._world = _FileTree(self._setup)
+        self._tree = _FileTree(self._setup)
         # A copy: a second run of the script would differ in times, also inside archives.
-        reference = _FileTree(like=self._world)
+        reference = _FileTree(like=self._tree)
         self._before = reference.files()
         self._expected, _ = reference.execute(self._task["gold"])
         self._wanted = reference.files()
@@ -153,16 +153,16 @@ class InterCodeBash(Environment):
         )
 
     def step(self, action: str) -> Step:
-        assert self._world is not None, "reset comes first"
-        output, succeeded = self._world.execute(block(action, "bash", "sh", "shell"))
-        reward = bash_reward(self._before, self._world.files(), self._wanted, output, self._expected)
+        assert self._tree is not None, "reset comes first"
+        output, succeeded = self._tree.execute(block(action, "bash", "sh", "shell"))
+        reward = bash_reward(self._before, self._tree.files(), self._wanted, output, self._expected)
         verdict = "passed" if reward >= 1 else "wrong answer" if succeeded else "execution error"
         return Step(observation=output, verdict=verdict, reward=reward)
 
     def close(self) -> None:
-        if self._world is not None:
-            remove_tree(self._world.box)
-            self._world = None
+        if self._tree is not None:
+            remove_tree(self._tree.box)
+            self._tree = None
 
 
 def open_bash(data: str) -> list[InterCodeBash]:

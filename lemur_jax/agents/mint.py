@@ -48,7 +48,7 @@ class Task:
     Attributes:
       opening: the first message: protocol, tools, an example and the question.
       solved: answer -> whether it is right; ALFWorld's game decides itself.
-      row: of the file of its set, which has the reference.
+      row: its record in the file of its set, with the reference.
     """
 
     id: str

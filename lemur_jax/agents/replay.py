@@ -119,7 +119,7 @@ def _without_paths(text: str) -> str:
     return re.sub(r"<hidden_filepath>:\S*", "<hidden_filepath>", re.sub(r"/[^\s()]*-packages/", "", text))
 
 
-# Why two observations differ, most likely: the first that is found in both texts, with a NUL between them.
+# Why two observations differ, most likely: the first pattern found in the recorded text, a NUL and the replayed text.
 _CAUSES = {
     "(Syntax|Indentation)Error": "wording of Python's syntax errors",
     "TimeoutError": "time-out",

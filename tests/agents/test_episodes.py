@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 import types
+import unittest.mock
 
 import pytest
 
@@ -210,7 +211,7 @@ def test_an_endpoint_gets_what_its_model_has_room_for():
 
 def test_an_error_of_one_episode_does_not_lose_those_that_end_with_it(count):
     journal, broken = Journal(None, {}), environments.SqlEnvironment("sql/broken", "", "", "")
-    broken.step = lambda action: (_ for _ in ()).throw(UserError("no feedback"))
+    broken.step = unittest.mock.Mock(side_effect=UserError("no feedback"))
     with pytest.raises(UserError, match="no feedback"):
         run_episodes([broken, count], scripted("SELECT 1", "SELECT 6"), max_turns=1, journal=journal)
     assert list(journal.traces) == [count.id]
