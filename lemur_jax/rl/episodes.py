@@ -19,7 +19,7 @@ from lemur_jax.rl.config import RlConfig
 from lemur_jax.text.chat_template import Message, encode_chat, stop_ids
 from lemur_jax.text.tokenizer import Tokenizer
 
-MAX_CONCURRENT_CALLS = 8  # concurrent calls of environments
+MAX_CONCURRENT_CALLS = 8  # of environments
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -100,9 +100,8 @@ class Player:
             calls = [
                 functools.partial(episode.environment.step, turn.text.strip()) for episode, turn in ended
             ]
-            for (episode, turn), result in zip(
-                ended, call_all(calls, seconds, MAX_CONCURRENT_CALLS), strict=True
-            ):
+            results = call_all(calls, seconds, MAX_CONCURRENT_CALLS)
+            for (episode, turn), result in zip(ended, results, strict=True):
                 self._observe(episode, result, turn)
                 if next_request := self._ask(engine, episode, sampling):
                     playing[id(next_request)] = (next_request, episode)

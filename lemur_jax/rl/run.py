@@ -29,9 +29,8 @@ def open_inputs(config: RunConfig, build: Any = step.build) -> Inputs:
     mesh = make_mesh(config.mesh)
     tokenizer = Tokenizer.from_config(config.tokenizer)
     chat_template(tokenizer)  # raises where there is none, before weights are read
-    teacher = step.distillation_objective(
-        config.distill
-    )  # on the policy's own tokens; rewards are then only metrics
+    # On the policy's own tokens; rewards are then only metrics.
+    teacher = step.distillation_objective(config.distill)
     objective = dataclasses.replace(teacher, arrays=ARRAYS) if teacher else policy(config.rl)
     program = build(config, mesh, num_sources=1, objective=objective)
     rollouts = Rollouts(config.rl, tokenizer, program, seed=config.seed, steps=config.train.steps)
