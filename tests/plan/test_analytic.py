@@ -12,7 +12,7 @@ from lemur_jax.plan.plan import plan
 
 
 def seven_billion(positions=4096, **changes):
-    """Llama-2-7B with rows of so many positions; `train__steps` is config.train.steps."""
+    """Llama-2-7B with rows of `positions` tokens; the argument `train__steps` sets config.train.steps."""
     options = {"data.sequence_length": positions, "train.batch_rows": 32, "init.checkpoint": "base"}
     options |= {name.replace("__", "."): value for name, value in changes.items()}
     return replace(RunConfig(model=preset("llama2_7b", max_position_embeddings=positions)), options)

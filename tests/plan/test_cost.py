@@ -89,6 +89,15 @@ def test_what_has_no_estimate_adds_no_time_and_is_counted(unknown):
     assert (found.seconds, found.unestimated) == (pytest.approx(1e-3), 1)
 
 
+def test_synchronous_collective_is_exposed():
+    text = f"""  %q = f32[8]{{0}} parameter(0)
+  %one = f32[8]{{0}} fusion(%q), kind=kLoop, {CYCLES}
+  ROOT %ar = f32[67500000]{{0}} all-reduce(%one), {GATHER}"""
+    result = estimate(text, "v4-512")
+    assert result.exposed == pytest.approx(2e-3, rel=0.02)  # 270 MB, twice
+    assert result.seconds == pytest.approx(3e-3, rel=0.02)
+
+
 def test_a_slice_of_an_all_reduce_is_a_reduce_scatter():
     """TPU's form of it: on the wire half of the all-reduce, as measured elsewhere (docs/planner_details.md)."""
     scatter = f"""%all-reduce-scatter.1 (p: f32[67500000]) -> f32[263672] {{

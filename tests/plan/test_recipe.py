@@ -8,13 +8,8 @@ from lemur_jax.plan.plan import plan
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    (
-        "config",
-        "topology",
-        "tokens",
-        "rate",
-    ),  # tokens/s/chip at least, by docs/planner.md and planner_details.md
-    [
+    ("config", "topology", "tokens", "rate"),
+    [  # rate: at least, in tokens/s/chip, by docs/planner.md and planner_details.md
         ("lemur_7b_chat.py", "v4-32", 16 * 4096, 0),
         ("lemur_7b_pretrain.py", "v4-32", 4_194_304, 3800),
         ("lemur_70b_chat.py", "v4-128", 16 * 4096, 0),

@@ -32,11 +32,22 @@ def test_known_slices(name, shape, chips, wrap):
     assert topologies.find_slice(name, 2).chips == 2 * chips
 
 
+def test_every_name_finds_itself():
+    for name in topologies.slice_names():
+        assert topologies.find_slice(name).name == name
+
+
 @pytest.mark.parametrize(
     ("wrong", "near"),
     [
-        *(("v4-500", "v4-512"), ("v5-8", "v5p-8"), ("v6e-300", "v6e-256"), ("v5p", "v5p-8"), ("", "v4-8")),
-        *(("v5e-4x4x4", "v5e-16"), ("v4-4x4x6", "v4-8"), ("v4-0x4x4", "v4-8")),
+        ("v4-500", "v4-512"),
+        ("v5-8", "v5p-8"),
+        ("v6e-300", "v6e-256"),
+        ("v5p", "v5p-8"),
+        ("", "v4-8"),
+        ("v5e-4x4x4", "v5e-16"),
+        ("v4-4x4x6", "v4-8"),
+        ("v4-0x4x4", "v4-8"),
     ],
 )
 def test_unknown_name_lists_the_known_ones(wrong, near):
