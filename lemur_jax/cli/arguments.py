@@ -28,8 +28,8 @@ def add_verb(verbs: Verbs, run, summary: str, example: str) -> argparse.Argument
 
 def add_config(sub: argparse.ArgumentParser) -> None:
     """`--config FILE`, and `--config.a.b=value` in `args.overrides`."""
-    what = "config file, optionally with an argument: path.py or path.py:arg"
-    sub.add_argument("--config", required=True, help=what)
+    text = "config file, optionally with an argument: path.py or path.py:arg"
+    sub.add_argument("--config", required=True, help=text)
     sub.set_defaults(takes_config=True)
 
 
@@ -40,8 +40,8 @@ def add_devices(sub: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint(sub: argparse.ArgumentParser, required: bool = True) -> None:
-    what = "checkpoint directory, workdir, Hugging Face directory or ORG/NAME[@REVISION]"
-    sub.add_argument("--checkpoint", required=required, default="", help=what)
+    text = "checkpoint directory, workdir, Hugging Face directory or ORG/NAME[@REVISION]"
+    sub.add_argument("--checkpoint", required=required, default="", help=text)
     sub.add_argument("--step", type=int, help="default: the newest")
     sub.add_argument("--mesh", default="", help="e.g. fsdp=4,tensor=2; default: all devices fsdp")
     sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")

@@ -29,10 +29,10 @@ def add_verbs(verbs: Verbs) -> None:
     )
     _add_inference(parser)
     parser.add_argument("--prompt", action="append", required=True, help="may be given several times")
-    what = (
+    text = (
         "below each text a line for each new token, stop token included: log-probability in nats, id, token"
     )
-    parser.add_argument("--logprobs", action="store_true", help=what)
+    parser.add_argument("--logprobs", action="store_true", help=text)
 
     parser = add_verb(verbs, _chat, "talk to a chat model", "lemur chat --checkpoint quickstart/smollm2/chat")
     _add_inference(parser)

@@ -22,10 +22,10 @@ def add_verbs(verbs: Verbs) -> None:
         add(verbs)
 
 
-def _add_run(parser: argparse.ArgumentParser, text: str, extend: str = "") -> None:
-    """`--config`, `--workdir`, which is `what`, the devices, and `--extend`, if it means something."""
+def _add_run(parser: argparse.ArgumentParser, workdir: str, extend: str = "") -> None:
+    """`--config`, `--workdir`, the devices, and `--extend` if it has a help text; `workdir`, `extend`: help texts."""
     add_config(parser)
-    parser.add_argument("--workdir", required=True, help=text)
+    parser.add_argument("--workdir", required=True, help=workdir)
     add_devices(parser)
     if extend:
         parser.add_argument("--extend", action="store_true", help=extend)
@@ -65,13 +65,13 @@ def _add_sweep(verbs: Verbs) -> None:
     )
     _add_run(parser, "directory of the sweep; its runs lie below it")
     parser.add_argument("--ratios", default="", help="e.g. 1:0,10:1,1:1: shares of the tokens")
-    what = "whose shares; python&java,text: a part may be several (default: the order of config.eval.tasks)"
-    parser.add_argument("--sources", default="", metavar="NAME,NAME", help=what)
+    text = "whose shares; python&java,text: a part may be several (default: the order of config.eval.tasks)"
+    parser.add_argument("--sources", default="", metavar="NAME,NAME", help=text)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each mixture")
-    what = "also another config key, e.g. optimizer.learning_rate=1e-3,3e-3; may be given several times"
-    parser.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE,VALUE", help=what)
-    what = "afterwards, merge with the base: linear:0.5 each run, arithmetic:0.5 the sum of one-source runs"
-    parser.add_argument("--merge", default="", metavar="KIND:WEIGHT,...", help=what)
+    text = "also another config key, e.g. optimizer.learning_rate=1e-3,3e-3; may be given several times"
+    parser.add_argument("--vary", action="append", default=[], metavar="KEY=VALUE,VALUE", help=text)
+    text = "afterwards, merge with the base: linear:0.5 each run, arithmetic:0.5 the sum of one-source runs"
+    parser.add_argument("--merge", default="", metavar="KIND:WEIGHT,...", help=text)
     parser.add_argument("--print", action="store_true", help="only print each run's `lemur train` command")
 
 
