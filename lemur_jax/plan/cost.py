@@ -138,7 +138,7 @@ class Estimator:
     """Walks a scheduled module as the device would."""
 
     def __init__(self, module: hlo.Module, network: Network, uncounted: int | None = None):
-        """`uncounted`: assumed turns of a loop whose end depends on data; None: such a loop is an error."""
+        """`uncounted`: assumed trip count of a loop whose end depends on data; None: such a loop is an error."""
         self.module, self.network, self.chip, self.uncounted = module, network, network.chip, uncounted
         self._finished: dict[str, Cost] = {}
         self._received: dict[str, str] = {}  # name of a `recv` -> its transfer
@@ -204,7 +204,7 @@ class Estimator:
         grouped = kernels.grouped_cycles(instr, self.chip, self.module.inside(instr))
         unknown = instr.cycles is None or (instr.is_kernel and not instr.cycles)
         cost.unestimated += unknown and kernel is None and grouped is None
-        counted = next(filter(None, (grouped, kernel, instr.cycles)), 0)
+        counted = grouped or kernel or instr.cycles or 0
         seconds = counted / self.chip.clock
         if not seconds:
             return 0.0

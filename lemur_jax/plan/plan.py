@@ -208,7 +208,7 @@ def kept_activations(module: hlo.Module, layers: int, parameters: Any) -> int:
     """Bytes of HBM per device that the forward pass of the layers keeps for the backward pass.
 
     These are the arrays that its loop over the layers carries with a leading axis L, other than parameters. Where the
-    compiler peels one layer off the loop, the axis may be its L - 1 turns.
+    compiler peels one layer off the loop, the axis may be L - 1, its trip count.
 
     Args:
       parameters: of the layers, ShapeDtypeStructs with shardings.
@@ -228,7 +228,7 @@ def kept_activations(module: hlo.Module, layers: int, parameters: Any) -> int:
 
 
 def forward_loops(module: hlo.Module, layers: int) -> Iterator[tuple[hlo.Instruction, int]]:
-    """The loops over the layers in the forward pass, and their numbers of turns.
+    """The loops over the layers in the forward pass, and their trip counts.
 
     Where the compiler peels one layer off, a loop runs once less and may lose its name; the first unnamed one of a
     computation is that of the forward pass.
