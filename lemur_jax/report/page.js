@@ -241,9 +241,9 @@ function layOut(figure) {
   const chart = figure.chart;
   chart.panels = panelsOf(chart.data);
   chart.zoom = {};
-  const several = chart.panels.length > 1;
+  const titled = chart.panels.length > 1 || (!page.overlay && chart.data.runs.length > 1);
   figure.querySelector(".panels").innerHTML = chart.panels.map(panel =>
-    `<div class="panel">${several ? `<p class="panel-title">${escapeText(panel.title)}</p>` : ""}` +
+    `<div class="panel">${titled ? `<p class="panel-title">${escapeText(panel.title)}</p>` : ""}` +
     `<svg height="${HEIGHT}" role="img" aria-label="${escapeText(`${chart.data.title} of ${panel.title} by update`)}"></svg>` +
     `<output class="tip" hidden></output></div>`).join("");
   chart.boxes = [...figure.querySelectorAll(".panel")];

@@ -10,6 +10,7 @@ import pytest
 
 from lemur_jax.report import write_report
 from lemur_jax.report.charts import compact
+from lemur_jax.telemetry.metrics import MetricsWriter
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on PATH")
@@ -44,6 +45,8 @@ USE = """
   page.SVGElement.prototype.setPointerCapture = () => {};  // there is no such pointer
   out.names = names();
   out.panels = boxes().map(box => box.querySelector(".panel-title").textContent);
+  const reward = [...doc.querySelectorAll(".chart")].find(chart => chart.querySelector("h3").textContent === "reward");
+  out.reward = [...reward.querySelectorAll(".panel-title")].map(title => title.textContent);
   out.line = pathsOf(boxes()[0], "line")[0];
   out.scale = [...boxes()[0].querySelectorAll("text[text-anchor=end]")]
     .map(tick => [tick.textContent, +tick.getAttribute("y") - 4]);
@@ -90,6 +93,8 @@ def browse(tmp_path, text, check, mode=1) -> dict:
 
 @pytest.fixture
 def page(stages, tmp_path):
+    with MetricsWriter(stages[2]) as writer:
+        writer.write({"step": 40, "kind": "train", "loss": 2.0, "reward": 0.5})
     answers = {stage.name: ["    return x" * 40] for stage in stages}
     path = write_report(stages, tmp_path / "report.html", prompts=["def f(x):"], answers=answers)
     # `eval`, which the page itself forbids, reaches the functions of its script.
@@ -103,6 +108,7 @@ def test_the_curves_can_be_read_zoomed_smoothed_hidden_and_overlaid(page, tmp_pa
     assert found["widths"] == [390, 1200]
     assert found["names"] == ["all sources", "python_docs", "python_stdlib"]
     assert found["panels"] == ["base", "lemur", "chat"]
+    assert found["reward"] == ["chat"]  # the only run that has it is named
     assert found["tip"].split("\n") == ["update 20", "all sources 3", "python_docs 3", "python_stdlib 4"]
     assert found["tap"].startswith("update 20")
     assert found["hidden"] == 1
