@@ -111,14 +111,19 @@ def write_directory(path: epath.PathLike, model: bytes) -> Tokenizer:
 def _write(path: epath.PathLike, files: Mapping[str, bytes]) -> Tokenizer:
     """Writes a tokenizer's files in place of another one's; a new directory appears whole."""
     tokenizer, directory = Tokenizer(files, str(path)), epath.Path(path)
-    is_new = not directory.exists()
-    # Another process may make it too.
-    target = directory.parent / f".{directory.name}.{uuid.uuid4().hex}" if is_new else directory
-    target.mkdir(parents=True, exist_ok=True)
-    for name in FILE_NAMES:
-        (target / name).unlink(missing_ok=True)
-    for name, content in files.items():
-        (target / name).write_bytes(content)
-    if is_new:
-        target.rename(directory)
+    temporary = directory.parent / f".{directory.name}.{uuid.uuid4().hex}"
+    try:
+        temporary.mkdir(parents=True)
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+        if directory.exists():  # it has other files, which stay, or another process has just made it
+            for name in set(FILE_NAMES) - set(files):
+                (directory / name).unlink(missing_ok=True)
+            for name in files:
+                (temporary / name).copy(directory / name, overwrite=True)
+        else:
+            temporary.rename(directory)
+    finally:
+        if temporary.exists():
+            temporary.rmtree()
     return tokenizer

@@ -1,3 +1,4 @@
+import contextlib
 import io
 import itertools
 import json
@@ -8,6 +9,7 @@ import sys
 
 import pytest
 import sentencepiece
+from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
@@ -111,6 +113,25 @@ def test_training_is_in_llamas_manner(tokenizer):
 def test_training_says_what_is_wrong(tmp_path, texts, size, message):
     with pytest.raises(UserError, match=message):
         train_sentencepiece(texts, tmp_path / "x", size)
+
+
+@pytest.mark.parametrize("error", [None, OSError("full")])
+def test_extend_while_another_process_makes_the_directory(chat_dir, tmp_path, monkeypatch, error):
+    write = type(epath.Path("/")).write_bytes
+
+    def write_late(path, content):
+        if error:
+            raise error
+        (tmp_path / "wide").mkdir(exist_ok=True)
+        (tmp_path / "wide" / "other").write_text("")
+        return write(path, content)
+
+    monkeypatch.setattr(type(epath.Path("/")), "write_bytes", write_late)
+    with pytest.raises(OSError, match="full") if error else contextlib.nullcontext():
+        extend(chat_dir, tmp_path / "wide", ["<|a|>"])
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ([] if error else ["wide"])
+    assert error or "<|a|>" in Tokenizer.load(tmp_path / "wide").added_tokens
 
 
 def test_extend_adds_ids_at_the_end(tokenizer, chat_tokenizer, chat_dir, tmp_path):
