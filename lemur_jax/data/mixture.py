@@ -104,9 +104,9 @@ class Mixture:
 
     def rows_before(self, row: int) -> list[int]:
         """How many of the first `row` rows of the run each source has; they add up to `row`."""
-        return self._stretch(row).rows_before(row)
+        return self._stage_rows_at(row).rows_before(row)
 
-    def _stretch(self, row: int) -> _StageRows:
+    def _stage_rows_at(self, row: int) -> _StageRows:
         return self._stage_rows[bisect.bisect(self._stage_rows, row, key=lambda each: each.first_row) - 1]
 
     def locate(self, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -117,13 +117,13 @@ class Mixture:
           row_indices: int64 [B], indices into the rows of that source.
         """
         row = step * self.batch_rows
-        stretch = self._stretch(row)
-        offset = row - stretch.first_row  # stages begin with a batch, so the batch is within one
+        stage = self._stage_rows_at(row)
+        offset = row - stage.first_row  # stages begin with a batch, so the batch is within one
         source_ids = np.empty(self.batch_rows, np.int32)
         row_indices = np.empty(self.batch_rows, np.int64)
         unassigned = np.arange(self.batch_rows)  # rows of the batch that have no source yet
-        for index, visited in enumerate(stretch.rows_before(row)):
-            numerator, denominator = stretch.splits[index]
+        for index, visited in enumerate(stage.rows_before(row)):
+            numerator, denominator = stage.splits[index]
             # Python's integers carry the run so far; inside the batch int64 is enough.
             remainder = (2 * offset * numerator + denominator) % (2 * denominator)
             turns = (remainder + 2 * numerator * np.arange(len(unassigned) + 1)) // (2 * denominator)
@@ -131,7 +131,7 @@ class Mixture:
             assigned, unassigned = unassigned[taken], unassigned[~taken]
             source_ids[assigned] = index
             row_indices[assigned] = self.visits(index, visited, len(assigned))
-            offset -= visited - stretch.visited[index]
+            offset -= visited - stage.visited[index]
         return source_ids, row_indices
 
     def read(self, source_ids: np.ndarray, row_indices: np.ndarray) -> Batch:

@@ -167,8 +167,8 @@ class Filters:
     def fingerprints(self, texts: Mapping[str, str]) -> dict[str, bytes]:
         """What documents are compared by: `digests`, 16 bytes of a sha256, and `minhashes`, 2 bytes of each MinHash.
 
-        Those whose steps there are. `texts`: one under "", or of preferences by side, as what is chosen here and
-        rejected there is not the same.
+        Each is present if its step is configured. `texts` has one text under "", or for preferences one text for each
+        side: an answer chosen in one document and rejected in another makes different fingerprints.
         """
         fingerprints = {}
         if "exact_duplicates" in self.steps:
