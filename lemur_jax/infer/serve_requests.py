@@ -30,7 +30,7 @@ _WITHOUT_EFFECT = {
     "model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "request_id",
     "parallel_tool_calls", "priority",
 }  # fmt: skip
-_NOTHING: tuple[Any, ...] = (False, 0, "", [], {})
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
 _DONE_ANYWAY = {
     "response_format": ({"type": "text"},),
     "modalities": (["text"],),
@@ -79,7 +79,7 @@ async def read_body(request: Request, hosts: Sequence[str] | None, fields: Set[s
     if not isinstance(body, dict):
         raise UserError("the request must be a JSON object")
     for field, value in body.items():
-        accepted = value is None or value in _DONE_ANYWAY.get(field, _NOTHING)
+        accepted = value in _EMPTY or value in _DONE_ANYWAY.get(field, (False, 0))
         if not accepted and field not in fields | _WITHOUT_EFFECT:
             raise UserError(f"{field:.50} is not supported: leave it out")
     return body

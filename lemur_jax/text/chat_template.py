@@ -140,6 +140,8 @@ def _render(
     if not isinstance(options, Mapping):
         raise UserError(f"chat_template_kwargs is {options!r:.40}, not an object")
     for name, value in options.items():
+        if name in ("messages", "tools", "add_generation_prompt"):
+            raise UserError(f"chat_template_kwargs has {name!r}, which is given beside them")
         if isinstance(value, str | list) and value and not re.search(rf"\b{re.escape(name)}\b", template):
             raise UserError(f"the chat template leaves out {name!r} of chat_template_kwargs, {value!r:.40}")
     turns, tools = tool_calls.for_template(template, messages, tools)
@@ -335,10 +337,17 @@ def _compile(template: str, begin: str, end: str):
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)
+    environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda style: datetime.datetime.now().strftime(style)
     return environment.from_string(template)
+
+
+def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """The filter `tojson`, with the arguments that transformers gives it, which templates may pass by position."""
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 def _raise(message: str) -> None:

@@ -216,7 +216,7 @@ def test_what_a_chat_cannot_do_is_refused_and_what_asks_for_nothing_is_not(clien
     nothing |= {
         "user": "me",
         "tool_choice": "auto",
-        "extra_body": {"tools": None, "add_special_tokens": True},
+        "extra_body": {"tools": None, "add_special_tokens": True, "modalities": []},
     }
     assert client.chat.completions.create(**options, **nothing).usage.completion_tokens == 2
 

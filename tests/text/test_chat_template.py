@@ -37,6 +37,13 @@ def with_template(chat_dir, tmp_path_factory):
     return make
 
 
+def test_arguments_of_tojson_are_those_of_transformers(hf, with_template):
+    template = "{% for m in messages %}{{ m|tojson }}{{ m|tojson(true, 1) }}{{ m|tojson(sort_keys=true) }}{% endfor %}"
+    messages = messages_of([("user", "Köln")])
+    expected = hf.apply_chat_template(messages, chat_template=template, tokenize=False)
+    assert render_chat(with_template(template), messages) == expected
+
+
 def test_a_conversation_as_text(chat_tokenizer):
     messages = messages_of([("user", "hi <s>"), ("assistant", "yo")])
     text = "<|im_start|>user\nhi <s><|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n"

@@ -86,6 +86,7 @@ def test_variables_of_a_row_reach_the_template(with_template):
         assert found.mask.tolist() == expected["assistant_masks"]
     assert "leaves out 'custom_instructions'" in encoded({"custom_instructions": "Be brief."}).reason
     assert "is [1], not an object" in encoded([1]).reason
+    assert "has 'tools', which is given beside them" in encoded({"tools": TOOLS}).reason
 
 
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
