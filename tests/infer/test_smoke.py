@@ -153,7 +153,7 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(refused, tmp_path, sma
         (tmp_path / name / "config.json").write_text(json.dumps(described))
     (tmp_path / "hf" / "model.safetensors").write_text("")
     for words, message in (
-        (["--hf", "{}/nowhere"], "nowhere is not a directory"),
+        (["--hf", "{}/nowhere"], "nowhere a Hugging Face model directory?"),
         (["--hf", "{}/empty"], "config.json does not exist"),
         (["--hf", "{}/bare"], "bare holds no weights"),
         (["--hf", "{}/hf", "--dtype", "bfloat16"], "--hf compares with transformers in float32"),

@@ -152,6 +152,13 @@ def test_extend_adds_ids_at_the_end(tokenizer, chat_tokenizer, chat_dir, tmp_pat
         extend(chat_dir, tmp_path / "text", ["in"])
 
 
+def test_extend_keeps_the_template_and_earlier_tokens(chat_dir, tmp_path):
+    first = extend(chat_dir, tmp_path / "first", ["<|a|>"], chat_template="{{ messages[0]['content'] }}<|a|>")
+    second = extend(tmp_path / "first", tmp_path / "second", ["<|b|>"])
+    assert second.chat_template == first.chat_template
+    assert second.added_tokens == first.added_tokens | {"<|b|>": VOCAB_SIZE + 6}
+
+
 def test_extend_clears_files_of_another_tokenizer(tokenizer_dir, tmp_path):
     (tmp_path / "added_tokens.json").write_text('{"<|old|>": 5}')
     assert extend(tokenizer_dir, tmp_path, ["<|a|>"]).added_tokens == {"<|a|>": VOCAB_SIZE}
