@@ -112,7 +112,7 @@ class _FileTree:
             for name in (*folders, *names):  # a link to a directory is among the folders
                 path = pathlib.Path(directory, name)
                 place = str(path.relative_to(self.box))
-                # After chmod of a file or its directory, where the box runs as the user of this process.
+                # After chmod of a file or its directory, where the sandbox runs as the user of this process.
                 with contextlib.suppress(PermissionError):
                     mode = path.lstat().st_mode
                     if stat.S_ISLNK(mode):

@@ -30,7 +30,9 @@ class ModelSource:
     # Abstract tree with shardings -> parameters of its dtypes; UserError if they are damaged or not finite.
     # A second argument is applied to each leaf as soon as it is read: (path, leaf) -> leaf.
     restore: Callable[..., Params]
-    digest: Callable[[], str]  # differs where the weights differ; reads at most one row of a matrix
+    digest: Callable[
+        [], str
+    ]  # of all weights; of a Hugging Face model, of one row of each matrix but experts'
     run_config: dict[str, Any] | None = None  # of the run that made it, as JSON
     step: int | None = None  # of a checkpoint
 
