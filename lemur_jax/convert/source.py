@@ -30,9 +30,8 @@ class ModelSource:
     # Abstract tree with shardings -> parameters of its dtypes; UserError if they are damaged or not finite.
     # A second argument is applied to each leaf as soon as it is read: (path, leaf) -> leaf.
     restore: Callable[..., Params]
-    digest: Callable[
-        [], str
-    ]  # of all weights; of a Hugging Face model, of one row of each matrix but experts'
+    # Of all weights; of a Hugging Face model, of one row of each matrix but those of experts.
+    digest: Callable[[], str]
     run_config: dict[str, Any] | None = None  # of the run that made it, as JSON
     step: int | None = None  # of a checkpoint
 
