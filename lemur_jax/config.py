@@ -47,9 +47,9 @@ class RunConfig:
     """Every option of a run."""
 
     model: DecoderConfig  # the shape of the model
-    seed: int = 42  # of fresh parameters and of the order of the data
+    seed: int = 42  # seed of the initial parameters and of the data order
     compute: ComputeConfig = field(default_factory=ComputeConfig)  # how the model is computed
-    mesh: MeshConfig = field(default_factory=MeshConfig)  # how devices share the work
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # how work is sharded over devices
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)  # the tokenizer
     data: DataConfig = field(default_factory=DataConfig)  # what is trained on
     prepare: PrepareConfig = field(default_factory=PrepareConfig)  # how the token stores are made

@@ -9,14 +9,14 @@ from lemur_jax.common.sections import require, require_one_of
 class CheckpointConfig:
     """Checkpoints of a run; the last step is always saved."""
 
-    every_steps: int = 500  # save every this many updates; 0: only where another rule says so
+    every_steps: int = 500  # save every this many updates; 0: only by the other options
     every_minutes: float = 0.0  # also save after this many minutes (checked every log.every_steps); 0: never
-    keep: int = 3  # newest checkpoints that are kept
-    keep_every: int = 0  # also keep those whose step this divides; 0: none
+    keep: int = 3  # number of newest checkpoints to keep
+    keep_every: int = 0  # also keep steps that are multiples of this; 0: none
     keep_best: str = ""  # also keep the one with the lowest held-out loss on this task of eval.tasks
-    grace_s: float = 0.0  # seconds that a save may take after SIGTERM, then the process ends; 0: no limit
-    max_failures: int = 3  # consecutive saves that may fail on one host; each is tried again
-    other_optimizer: str = "refuse"  # "fresh": a new optimizer where the stored one is another one
+    grace_s: float = 0.0  # seconds for a save after SIGTERM before the process ends; 0: no limit
+    max_failures: int = 3  # consecutive failed saves on one host before the run stops
+    other_optimizer: str = "refuse"  # "fresh": reset the optimizer state if the stored one does not match
     broadcast: bool = False  # with mesh.data > 1: one slice reads a checkpoint and sends it to the others
 
     def __post_init__(self):

@@ -9,8 +9,8 @@ from lemur_jax.common.sections import require
 class HostsConfig:
     """Runs of several hosts."""
 
-    connect_seconds: int = 300  # how long the first hosts wait for the last one at the start
-    lost_seconds: int = 100  # a host that is silent for this long is lost, and the others stop
+    connect_seconds: int = 300  # how long hosts wait for each other at the start
+    lost_seconds: int = 100  # a host without a heartbeat for this long is lost, and the others stop
 
     def __post_init__(self):
         for key in ("connect_seconds", "lost_seconds"):

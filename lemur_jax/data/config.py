@@ -16,10 +16,10 @@ PACKINGS = ("concat", "fit")
 class SourceConfig:
     """One ingredient of the mixture."""
 
-    share: float = -1.0  # its part of the tokens, in proportion to the others'; needed without `epochs`
-    packing: str = "concat"  # "concat": one stream cut into rows; "fit": whole documents, as many as fit
-    max_epochs: float = 0.0  # how often each row may be seen; 0: without limit
-    epochs: float = 0.0  # passes over the source; given for all sources, it sets shares and train.steps
+    share: float = -1.0  # relative share of the tokens; required without `epochs`
+    packing: str = "concat"  # "concat": one stream split into rows; "fit": whole documents, as many as fit
+    max_epochs: float = 0.0  # maximum passes over the source; 0: no limit
+    epochs: float = 0.0  # passes over the source; for all sources or none; sets shares and train.steps
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,18 +27,18 @@ class StageConfig:
     """Other shares from an update on, until the next stage begins."""
 
     step: int  # its first update
-    shares: Mapping[str, float]  # source -> share of tokens; a source that is not named has none
+    shares: Mapping[str, float]  # source -> share of tokens; other sources have none
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Token stores, rows and the mixture."""
 
-    modules: tuple[str, ...] = ()  # Python modules that register more seqio tasks; may lie beside the config
+    modules: tuple[str, ...] = ()  # Python modules that register seqio tasks, e.g. files beside the config
     stores: str = "stores"  # directory of token stores, one folder a task and split
     sequence_length: int = 2048  # tokens T of a row
     sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)  # seqio task, or task/label
-    mixture: str = ""  # a seqio.Mixture in place of `sources`; `lemur prepare` records what sources it has
+    mixture: str = ""  # a seqio.Mixture instead of `sources`; `lemur prepare` records its sources
     stages: Mapping[str, StageConfig] = dataclasses.field(default_factory=dict)  # name -> shares from a step
 
     def __post_init__(self):

@@ -47,38 +47,38 @@ class DecoderConfig:
     num_key_value_heads: int  # key and value heads K; H must be a multiple of K
     head_dim: int  # width N of one head
     rms_norm_eps: float = 1e-5  # epsilon inside the root of RMSNorm
-    max_position_embeddings: int = 4096  # longest sequence that the model was made for, in tokens
+    max_position_embeddings: int = 4096  # longest sequence that the model supports, in tokens
     tie_word_embeddings: bool = False  # whether the head is the transposed embedding
-    rope_theta: float = 10_000.0  # base of the rotary angles
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
     rope_scaling: str = "none"  # or "linear" (positions / `rope_factor`), "llama3", "yarn", "longrope"
-    rope_factor: float = 1.0  # of every scaling
+    rope_factor: float = 1.0  # factor of all scalings
     rope_low_freq_factor: float = 1.0  # of Llama-3 scaling
     rope_high_freq_factor: float = 4.0  # of Llama-3 scaling
     rope_original_max_position_embeddings: int = 8192  # of Llama-3, YaRN and LongRoPE scaling
-    rope_beta_fast: float = 32.0  # of YaRN: more rotations in the original length: not scaled
-    rope_beta_slow: float = 1.0  # of YaRN: fewer rotations in the original length: divided by `rope_factor`
-    rope_attention_factor: float = 0.0  # of YaRN, LongRoPE: times cosine and sine; 0: by `rope_factor`
-    rope_short_factor: tuple[float, ...] = ()  # of LongRoPE: divisor of each pair's frequency in short texts
-    rope_long_factor: tuple[float, ...] = ()  # in those longer than `rope_original_max_position_embeddings`
-    rope_local_theta: float = 0.0  # base of the unscaled angles of layers with a window; 0: as in the others
+    rope_beta_fast: float = 32.0  # YaRN: no scaling with more rotations in the original length
+    rope_beta_slow: float = 1.0  # YaRN: division by `rope_factor` with fewer rotations
+    rope_attention_factor: float = 0.0  # YaRN, LongRoPE: multiplies cosine and sine; 0: from `rope_factor`
+    rope_short_factor: tuple[float, ...] = ()  # LongRoPE: divisor of each pair's frequency in short sequences
+    rope_long_factor: tuple[float, ...] = ()  # LongRoPE: the same in sequences beyond the original length
+    rope_local_theta: float = 0.0  # base in layers with a window, without scaling; 0: as in the other layers
     rope_skip_every: int = 0  # n: every n-th layer has no rotary embedding; 0: all have one
     attention_bias: str = ""  # attention projections with a bias: "", "qkv" or "qkvo"
-    mlp_bias: bool = False  # whether the projections of the mlp have one
-    num_experts: int = 0  # mlps of a layer, each of width `intermediate_size`; 0: one that is not routed
-    experts_per_token: int = 0  # experts that a token goes to, those with the largest router probabilities
+    mlp_bias: bool = False  # whether the projections of the mlp have a bias
+    num_experts: int = 0  # experts of a layer, each of width `intermediate_size`; 0: a dense mlp
+    experts_per_token: int = 0  # experts that a token is routed to, by largest router probability
     normalize_expert_weights: bool = True  # whether the weights of a token's experts sum to 1
     qk_norm: str = ""  # RMSNorm of queries and keys before rotation: of each "head", the "width", or none
-    sliding_window: int = 0  # positions that a query sees, its own included; 0: all before it
+    sliding_window: int = 0  # positions that a query attends to, including its own; 0: all before it
     full_attention_every: int = 0  # n: every n-th layer has no window; 0: the window is in all layers
-    query_scale: float = 0.0  # scores are divided by its root; 0: by that of `head_dim`
+    query_scale: float = 0.0  # attention scores are divided by its square root; 0: that of `head_dim`
     attention_softcap: float = 0.0  # c: scores s become c tanh(s / c); 0: none
     logit_softcap: float = 0.0  # the same for logits
-    norm_position: str = "pre"  # of each sublayer: before it, after it ("post"), or "both"
-    norm_offset: float = 0.0  # added to the scales of norms
-    embedding_multiplier: float = 1.0  # of the embedding of a token
-    residual_multiplier: float = 1.0  # of what attention and mlp add to their input
-    activation: str = "silu"  # of the mlp's gate: "silu", "gelu" or "gelu_tanh"
-    initializer_range: float = 0.02  # standard deviation of fresh weights
+    norm_position: str = "pre"  # norms before each sublayer ("pre"), after it ("post"), or "both"
+    norm_offset: float = 0.0  # added to the scales of the norms
+    embedding_multiplier: float = 1.0  # multiplies the token embedding
+    residual_multiplier: float = 1.0  # multiplies the outputs of attention and mlp
+    activation: str = "silu"  # activation of the mlp's gate: "silu", "gelu" or "gelu_tanh"
+    initializer_range: float = 0.02  # standard deviation of the initial weights
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -145,11 +145,11 @@ class AdapterConfig:
     """Low-rank adapters beside frozen parameters, see models/lora.py."""
 
     rank: int = 0  # R; 0: no adapter, all parameters are trained
-    alpha: float = 16.0  # the update is multiplied by alpha / rank
-    rslora: bool = False  # by alpha / sqrt(rank) instead
-    dropout: float = 0.0  # of the adapter's inputs
+    alpha: float = 16.0  # the adapter is scaled by alpha / rank
+    rslora: bool = False  # scale by alpha / sqrt(rank) instead
+    dropout: float = 0.0  # dropout of the adapter's inputs
     targets: tuple[str, ...] = ("layers/*",)  # patterns of projections, e.g. "layers/attention/*", "*/query"
-    base_dtype: str = "bfloat16"  # of the frozen parameters: "float32", "bfloat16" or "int8" (matrices)
+    base_dtype: str = "bfloat16"  # of frozen parameters: "float32", "bfloat16", "int8" (matrices)
     checkpoint: str = ""  # a PEFT adapter directory to start from; "": a fresh adapter
 
     def __post_init__(self):
@@ -173,16 +173,16 @@ class AdapterConfig:
 class ComputeConfig:
     """How the model is computed: affects speed and memory, not results (up to rounding)."""
 
-    dtype: str = "bfloat16"  # of activations and matmul inputs
-    param_dtype: str = "float32"  # of the master parameters
-    remat: str = "full"  # what the backward pass keeps, a name in models/remat.py
+    dtype: str = "bfloat16"  # dtype of activations and matmul inputs
+    param_dtype: str = "float32"  # dtype of the master parameters
+    remat: str = "full"  # rematerialization policy: what the backward pass keeps, see models/remat.py
     gate_share: float = 0.0  # share of the mlp's gate that is kept too, on the host where `remat` offloads
-    reduce_dtype: str = ""  # of weight gradients between devices: "float32", "bfloat16"; "": as dtype
+    reduce_dtype: str = ""  # dtype of gradient reductions: "float32", "bfloat16"; "": as dtype
     attention: str = "auto"  # "auto", "xla", "splash" or "cudnn"
-    attention_blocks: tuple[int, ...] = (0, 0)  # of splash, forward and backward, in positions; 0: by the TPU
-    product_dtype: str = ""  # of layers' products: "int8", "float8" or "float8_per_tensor"; "": as dtype
-    loss_chunk: int = 512  # positions whose logits exist at a time, cut to what divides the length; 0: all
-    compiler_options: tuple[str, ...] = ()  # more for XLA:TPU, "name=value" each; parallel/compiler_flags.py
+    attention_blocks: tuple[int, ...] = (0, 0)  # splash's block sizes, forward and backward; 0: by the TPU
+    product_dtype: str = ""  # of matmuls in layers: "int8", "float8", "float8_per_tensor"; "": as dtype
+    loss_chunk: int = 512  # positions whose logits exist at a time, rounded to a divisor; 0: all
+    compiler_options: tuple[str, ...] = ()  # for XLA:TPU, "name=value"; see parallel/compiler_flags.py
 
     def __post_init__(self):
         require_one_of("compute.dtype", self.dtype, ("float32", "bfloat16", "float16"))

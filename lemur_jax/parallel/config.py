@@ -9,11 +9,11 @@ from lemur_jax.common.errors import UserError
 class MeshConfig:
     """Sizes of the mesh axes; one of them may be -1: all remaining devices."""
 
-    data: int = 1  # copies of the parameters; with several TPU slices a multiple of their number
-    fsdp: int = -1  # devices that share parameters and optimizer state, and cut the batch
-    expert: int = 1  # devices that share the experts of a layer, and otherwise do what those of `fsdp` do
-    sequence: int = 1  # devices that cut the positions of a row
-    tensor: int = 1  # devices that cut heads, the mlp and the vocabulary
+    data: int = 1  # copies of the parameters; a multiple of the number of TPU slices
+    fsdp: int = -1  # devices that shard parameters, optimizer state and the batch
+    expert: int = 1  # devices that shard the experts of a layer, and all else as `fsdp` does
+    sequence: int = 1  # devices that shard the positions of a row
+    tensor: int = 1  # devices that shard heads, the mlp and the vocabulary
 
     def __post_init__(self):
         sizes = dataclasses.asdict(self)

@@ -12,8 +12,8 @@ class PrepareConfig:
     """Options of `lemur prepare`; training does not read them."""
 
     workers: int = 0  # processes; 0: one a core
-    held_out_tasks: tuple[str, ...] = ()  # tasks whose validation split alone is prepared
-    max_bad_share: float = 0.01  # part of the records that may be unusable; above it, preparing fails
+    held_out_tasks: tuple[str, ...] = ()  # tasks of which only the validation split is prepared
+    max_bad_share: float = 0.01  # share of bad records above which preparing fails
     steps: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # task -> cleaning and code steps
 
     def __post_init__(self):

@@ -17,18 +17,18 @@ class RlConfig:
     max_turns: int = 4  # of an episode, where the environment has no limit of its own
     max_new_tokens: int = 64  # of a turn
     algorithm: str = "grpo"  # advantages and averaging: "grpo", "dr_grpo", "dapo" or "rloo"
-    rewards: str = "episode"  # "episode": their sum for all tokens; "turn": for each turn those from it on
-    importance: str = "token"  # or "sequence": the geometric mean over the episode's own tokens
+    rewards: str = "episode"  # "episode": sum for all tokens; "turn": those from each turn on
+    importance: str = "token"  # ratio by "token"; "sequence": geometric mean over tokens
     clip_low: float = 0.2  # the importance ratio is clipped at 1 - this
-    clip_high: float = 0.2  # and at 1 + this; 0.28 in DAPO
-    kl: float = 0.0  # weight of the divergence from the first parameters
-    off_policy: bool = False  # sample for the next update during this one, with the parameters before it
-    max_rounds: int = 1  # most rounds of sampling; above 1, groups with equal rewards are sampled again
-    mask_truncated: bool = False  # episodes that `data.sequence_length` cuts do not train
+    clip_high: float = 0.2  # and at 1 + this; DAPO: 0.28
+    kl: float = 0.0  # weight of the KL divergence from the initial parameters
+    off_policy: bool = False  # sample for the next update while this one runs, with the parameters before it
+    max_rounds: int = 1  # maximum rounds of sampling; above 1, new tasks replace groups with equal rewards
+    mask_truncated: bool = False  # do not train on episodes truncated at `data.sequence_length`
     max_logprob_gap: float = 0.05  # stop above this mean |difference| of log-probabilities, nats a token
     environment_seconds: float = 60.0  # a call that takes longer makes its episode void
     eval_every_steps: int = 20  # updates between two greedy evaluations on held-out tasks; 0: never
-    eval_tasks: int = 64  # most of them
+    eval_tasks: int = 64  # maximum number of these tasks
     shuffle_rewards: bool = False  # negative control: rewards are permuted over the batch
 
     def __post_init__(self):

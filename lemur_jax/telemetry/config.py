@@ -7,7 +7,7 @@ from lemur_jax.common.sections import require
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """Metrics of the steps; they always go to WORKDIR/metrics.jsonl."""
+    """Metrics; always written to WORKDIR/metrics.jsonl."""
 
     every_steps: int = 10  # updates between two writes
     tensorboard: bool = False  # also write WORKDIR/tensorboard; needs the extra "tensorboard"

@@ -11,11 +11,11 @@ class TokenizerConfig:
     """The tokenizer's directory; `prepare` trains or extends one there if it is empty."""
 
     path: str = ""  # directory with tokenizer.model or tokenizer.json
-    train_vocab_size: int = 0  # above 0: `prepare` trains a SentencePiece BPE of this size if `path` has none
-    train_tasks: tuple[str, ...] = ()  # the tasks whose train splits it is trained on
-    extend: str = ""  # directory of a tokenizer that `prepare` extends to make `path`
+    train_vocab_size: int = 0  # above 0: `prepare` trains a SentencePiece BPE of this size if `path` is empty
+    train_tasks: tuple[str, ...] = ()  # tasks on whose train splits it is trained
+    extend: str = ""  # tokenizer directory that `prepare` extends and writes to `path`
     add_tokens: tuple[str, ...] = ()  # control tokens that `extend` adds, at the next ids
-    chat_template: str = ""  # Jinja file to take instead of the template in `path`; "": that one, or ChatML
+    chat_template: str = ""  # Jinja file; "": the template in `path`, or else ChatML
 
     def __post_init__(self):
         require(self.train_vocab_size >= 0, "tokenizer.train_vocab_size", self.train_vocab_size, "0 or more")

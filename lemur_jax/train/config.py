@@ -15,8 +15,8 @@ class TrainConfig:
 
     steps: int = 1000  # updates
     batch_rows: int = 128  # rows B of one update, over all hosts and microbatches
-    microbatches: int = 1  # parts of B that are computed one after another
-    batch_documents: int = 0  # above 0: documents (conversations) of an update in the mean; sets `batch_rows`
+    microbatches: int = 1  # parts of B that are computed sequentially (gradient accumulation)
+    batch_documents: int = 0  # above 0: mean documents (conversations) of an update; sets `batch_rows`
 
     def __post_init__(self):
         for key in ("steps", "batch_rows", "microbatches"):
@@ -34,15 +34,15 @@ class OptimizerConfig:
     """Clipping, direction, decoupled weight decay, and a learning rate with warmup and cosine."""
 
     name: str = "adamw"  # "adamw", "adafactor" or "muon"
-    learning_rate: float = 3e-4  # at the end of the warmup
-    final_learning_rate: float = 3e-5  # where the cosine ends, after the last update
+    learning_rate: float = 3e-4  # peak, at the end of the warmup
+    final_learning_rate: float = 3e-5  # end of the cosine, after the last update
     warmup_steps: int = 0  # updates of linear warmup from 0
     b1: float = 0.9  # decay of first moments
     b2: float = 0.95  # decay of second moments
-    eps: float = 1e-8  # added to the root of second moments
-    weight_decay: float = 0.1  # of matrices; norm scales are never decayed
-    clip_norm: float = 1.0  # of the global gradient norm; 0: off
-    moments_dtype: str = "float32"  # of first moments
+    eps: float = 1e-8  # added to the square root of second moments
+    weight_decay: float = 0.1  # for matrices only, not for norm scales
+    clip_norm: float = 1.0  # maximum global gradient norm; 0: off
+    moments_dtype: str = "float32"  # dtype of first moments
     z_loss: float = 0.0  # weight of log(Z)^2
     router_balance_loss: float = 0.01  # weight of the routers' load-balancing loss, `models/experts.py`
     router_z_loss: float = 0.001  # weight of the routers' own log(Z)^2
@@ -63,8 +63,8 @@ class PreferenceConfig:
     """A loss on chosen and rejected conversations, see train/preferences.py."""
 
     loss: str = ""  # "dpo", "ipo", "simpo", "orpo" or "kto"; "": next-token loss
-    beta: float = 0.1  # strength of the tie to the reference; SimPO, ORPO: factor of the loss' argument
-    label_smoothing: float = 0.0  # of DPO and SimPO: probability that a pair is the wrong way around
+    beta: float = 0.1  # strength of the reference term; SimPO, ORPO: scale of the loss's argument
+    label_smoothing: float = 0.0  # DPO, SimPO: probability that a pair's labels are swapped
     margin: float = 0.5  # SimPO's γ
     desirable_weight: float = 1.0  # of KTO
     undesirable_weight: float = 1.0  # of KTO
@@ -81,7 +81,7 @@ class SpikesConfig:
     """Updates that are skipped by rule, see train/spikes.py. Off: a gradient that is not finite stops the run."""
 
     factor: float = 0.0  # above 0: skip gradients of a norm above factor × running median, or not finite
-    window: int = 100  # accepted norms of the median; before, only norms that are not finite are skipped
+    window: int = 100  # accepted norms in the median; until then only norms that are not finite are skipped
     rollback_after: int = 0  # consecutive skips before a rollback to the last regular checkpoint; 0: never
     max_rollbacks: int = 3  # rollbacks after which the run stops instead
 
@@ -98,9 +98,9 @@ class SpikesConfig:
 class DistillConfig:
     """A loss against a teacher's distributions, see train/distill.py."""
 
-    teacher: str = ""  # its checkpoint, ours or a Hugging Face directory; "": no distillation
+    teacher: str = ""  # checkpoint or Hugging Face directory of the teacher; "": no distillation
     top_k: int = 64  # tokens of the teacher's distribution; all others are one outcome
-    weight: float = 1.0  # of the divergence; the rest of 1 is that of the cross-entropy of the targets
+    weight: float = 1.0  # weight w of the divergence; 1 - w is that of the targets' cross-entropy
     reverse: bool = False  # KL(student ‖ teacher) instead of KL(teacher ‖ student)
 
     def __post_init__(self):
@@ -112,10 +112,10 @@ class DistillConfig:
 class InitConfig:
     """Where the parameters come from; with the defaults fresh ones from `config.seed`."""
 
-    checkpoint: str = ""  # ours or a Hugging Face directory; its parameters are taken, its optimizer is not
-    drop_rows_above: int = 0  # above 0: forget vocabulary rows from this id on before extending
-    new_rows: str = "refuse"  # "mean": extend the vocabulary with the mean of the old rows
-    change_rope: bool = False  # whether model.rope_* may differ from the checkpoint's, as for longer rows
+    checkpoint: str = ""  # checkpoint or Hugging Face directory; only its parameters are loaded
+    drop_rows_above: int = 0  # above 0: drop vocabulary rows from this id on, before extending
+    new_rows: str = "refuse"  # "mean": initialize added vocabulary rows with the mean of the others
+    change_rope: bool = False  # whether model.rope_* may differ from the checkpoint's, e.g. for longer rows
 
     def __post_init__(self):
         require(self.drop_rows_above >= 0, "init.drop_rows_above", self.drop_rows_above, "0 or more")
@@ -127,8 +127,8 @@ class EvalConfig:
     """Held-out loss of each task, over its validation store."""
 
     every_steps: int = 0  # evaluate every this many updates and at the end; 0: only at the end
-    tasks: tuple[str, ...] = ()  # tasks whose validation stores are scored, each for itself
-    batch_rows: int = 0  # rows of a batch; 0: as a microbatch of training
+    tasks: tuple[str, ...] = ()  # tasks whose validation stores are scored separately
+    batch_rows: int = 0  # rows of a batch; 0: those of a training microbatch
     max_rows: int = 0  # rows scored of each task, chosen by a fixed permutation; 0: all
     groups: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)  # {"code": ("c", "java")}
 
