@@ -1,15 +1,15 @@
-"""Chat tuning after `adapt_pretrain.py`, on Lemur's four sets of conversations, with loss on the assistant alone.
+"""Chat tuning after `adapt_pretrain.py`, on Lemur's four sets of conversations, loss on the assistant's turns only.
 
-Data, length of the run and rates are those of `lemur_70b_chat.py`. Qwen's vocabularies have ChatML's tokens; Llama-3.1
-gets them as new rows.
-Hardware: TPU v5p-32 (16 chips). `lemur plan` tells what it takes.
+Data, steps and learning rate are those of `lemur_70b_chat.py`. Qwen's vocabularies have ChatML's tokens; Llama-3.1's
+is extended by them.
+Hardware: TPU v5p-32 (16 chips). `lemur plan` estimates memory and time.
 
     export LEMUR_DATA=gs://BUCKET/data                      # see configs/lemur_tasks.py
     lemur prepare --config configs/adapt_chat.py:qwen3_8b
     lemur train --config configs/adapt_chat.py:qwen3_8b --workdir gs://BUCKET/runs/qwen3_8b_chat
     lemur export-hf gs://BUCKET/runs/qwen3_8b_chat qwen3-8b-chat
 
-`lemur train --config configs/adapt_chat.py` takes the first model of `adapt_pretrain.py`.
+Without an argument, the model is the first of `adapt_pretrain.py`.
 """
 
 import adapt_pretrain

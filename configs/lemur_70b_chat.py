@@ -1,10 +1,10 @@
 """Lemur-70B-Chat: Lemur-70B tuned on 367,817 text and code conversations in ChatML (Xu et al., ICLR 2024).
 
 From the paper: the four sets of Table 1 and their filters; two epochs, Adam, 2e-5, a batch of 128 conversations
-(A.2.2); ChatML with loss on the assistant's turns alone, vocabulary 32,005. The base model's ids from 32,000 on
+(A.2.2); ChatML with loss on the assistant's turns only, vocabulary 32,005. The base model's ids from 32,000 on
 mean other tokens and are dropped first. The paper's trainer held one conversation in each row; here rows are packed:
 `lemur prepare` counts conversations and rows, and from these `epochs` and `batch_documents` give the shares, the rows
-of an update (a multiple of 16 on this mesh) that hold 128 conversations in the mean, and the updates of two epochs.
+of an update (a multiple of 16 on this mesh) that hold 128 conversations on average, and the updates of two epochs.
 Not published, chosen here: cosine to 2e-6 after 3% of warmup, weight decay 0.
 Expected: the "Lemur-70B-Chat" row of the paper (MMLU 65.3, GSM8K 66.3, HumanEval 61.0, MBPP 55.5).
 Hardware: TPU v4-128 (64 chips) as fsdp 16 × tensor 4, or any slice that `lemur plan` says fits.
@@ -48,7 +48,7 @@ def get_config():
     config.mesh.fsdp = 16
     config.mesh.tensor = 4
     config.train.batch_documents = 128
-    config.train.batch_rows = 16  # for `lemur plan`: 128 conversations of 512 tokens
+    config.train.batch_rows = 16  # used by `lemur plan` only: 128 conversations of 512 tokens
     config.train.steps = 5748  # likewise: 2 × 367,817 / 128
     config.optimizer.learning_rate = 2e-5
     config.optimizer.final_learning_rate = 2e-6

@@ -1,14 +1,13 @@
-"""Lemur-70B: Llama-2-70B pretrained further on 90B tokens, code : text = 10 : 1 (Xu et al., ICLR 2024, arXiv
+"""Lemur-70B: continued pretraining of Llama-2-70B on 90B tokens, code : text = 10 : 1 (Xu et al., ICLR 2024, arXiv
 2310.06830).
 
 From the paper: the 16 sources and their shares of tokens (Table 8); Adam with betas (0.9, 0.95), peak 4e-5,
 linear warmup of 2000 updates, cosine to 10% of the peak, clipping at 1.0, 4M tokens an update, sequence packing
 (A.1.3). From its code: weight decay 0.1, seed 42. The code trained rows of 2048 tokens (the base model's config
 says 2048 positions); T 4096 is chosen here. The code also counted its schedule inside the gradient accumulation
-of 16, so that its learning rate warmed up over 33.6B tokens and had hardly decayed at 90B; this config follows
-the paper.
+of 16, so its learning rate warmed up over 33.6B tokens and hardly decayed by 90B; this config follows the paper.
 Expected: the "Lemur-70B" row of the paper (MMLU 64.5, GSM8K 54.9, HumanEval 35.4, MBPP 53.2).
-Hardware: TPU v4-512 (256 chips). `lemur plan` tells what it takes.
+Hardware: TPU v4-512 (256 chips). `lemur plan` estimates memory and time.
 
     export LEMUR_DATA=gs://BUCKET/data                      # see configs/lemur_tasks.py
     lemur import-hf Llama-2-70b-hf gs://BUCKET/llama2_70b
@@ -19,7 +18,7 @@ Hardware: TPU v4-512 (256 chips). `lemur plan` tells what it takes.
 from lemur_jax.config import default_config
 from lemur_jax.models.presets import preset
 
-# Table 8: per cent of the tokens, billions of them, and epochs over the source (of text not published: one here).
+# Table 8: per cent of the tokens, billions of tokens, and epochs over the source (not published for text; 1 here).
 CODE = {
     "stack_python": (72.73, 65.46, 2.98),
     "stack_sql": (5.15, 4.63, 0.69),
@@ -61,7 +60,7 @@ def get_config():
     config.data.stores = "gs://BUCKET/stores/lemur"
     config.data.sequence_length = 4096
     config.data.sources = {
-        # A twentieth more epochs than published: sources have changed since.
+        # 5% more epochs than published: the sources have changed since.
         name: {"share": share, "packing": "concat", "max_epochs": max(1.0, 1.05 * epochs)}
         for name, (share, _, epochs) in {**CODE, **TEXT}.items()
     }
@@ -69,7 +68,7 @@ def get_config():
     config.prepare.steps = {name: {"exact_duplicates": {}, "near_duplicates": {}} for name in CODE}
 
     config.mesh.fsdp = -1
-    # The best for v4-512 without a share of the gate (docs/planner_details.md).
+    # The best policy for v4-512 without `gate_share` (docs/planner_details.md).
     config.compute.remat = "offload_mlp"
     config.train.batch_rows = 1024  # × 4096 = 4,194,304 tokens
     config.train.microbatches = 2

@@ -1,4 +1,4 @@
-"""Lemur's second stage on the 7B model: `lemur_70b_chat.py` with the smaller model and all else as there.
+"""Lemur's second stage on the 7B model: `lemur_70b_chat.py` with the smaller model.
 
 Hardware: TPU v4-32 (16 chips), or any slice that `lemur plan` says fits.
 

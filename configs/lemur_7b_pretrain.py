@@ -1,7 +1,7 @@
-"""Lemur's first stage on Llama-2-7B: `lemur_70b_pretrain.py` with the smaller model and all else as there.
+"""Lemur's first stage on Llama-2-7B: `lemur_70b_pretrain.py` with the smaller model.
 
 Hardware: TPU v4-32 (16 chips); for a v5e-256 see `docs/planner_details.md`, "Search".
-`lemur plan` tells what either takes (docs/planner.md).
+`lemur plan` estimates memory and time (docs/planner.md).
 
     export LEMUR_DATA=gs://BUCKET/data                      # see configs/lemur_tasks.py
     lemur import-hf Llama-2-7b-hf gs://BUCKET/llama2_7b

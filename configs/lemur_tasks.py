@@ -1,7 +1,7 @@
 """The 16 sources of Lemur's continued pretraining (Table 8 of the paper) and its 4 chat sets (Table 1), as seqio
 tasks.
 
-Each task reads files as their publishers ship them, in folders of $LEMUR_DATA, which may be on gs://:
+Each task reads files as published, in directories of $LEMUR_DATA, which may be on gs://:
 
     the-stack-dedup/data/LANGUAGE/*.parquet    bigcode/the-stack-dedup
     falcon-refinedweb/data/*.parquet           tiiuae/falcon-refinedweb
@@ -10,8 +10,8 @@ Each task reads files as their publishers ship them, in folders of $LEMUR_DATA, 
     pile/dm_mathematics/*.jsonl*               the Pile's copy of DeepMind Mathematics
     oasst1/data/*.parquet                      OpenAssistant/oasst1
     openorca/*.parquet                         Open-Orca/OpenOrca
-    sharegpt/*.json*                           ShareGPT's form, one conversation a line
-    evol_code_alpaca/*.jsonl                   theblackcat102/evol-codealpaca-v1 and alike
+    sharegpt/*.json*                           ShareGPT's format, one conversation a line
+    evol_code_alpaca/*.jsonl                   theblackcat102/evol-codealpaca-v1 or similar
 
 The paper names The Stack, RefinedWeb and the kinds of the other texts. Which copies of Wikipedia, books, arXiv,
 StackExchange and DM Mathematics it used is not published; those above are chosen here.

@@ -1,7 +1,7 @@
-"""LoRA of Llama-3.1 (8B, or 70B with `:70b`) on conversations, its frozen matrices as int8.
+"""LoRA of Llama-3.1 (8B, or 70B with `:70b`) on conversations, with an int8 base.
 
 70B fits a v5e-16 and 8B one chip of 16 GiB (`lemur plan`, docs/adapters.md). Rank 16 on all projections,
-alpha 32, a constant batch of 16 rows; the learning rate is ten times that of full tuning.
+alpha 32, a constant batch of 16 rows; the learning rate is ten times that of tuning all parameters.
 Needs `pip install '.[int8]'`.
 
     lemur plan --config configs/llama3_lora.py --topology v5e-1
@@ -15,7 +15,7 @@ from lemur_jax.models.presets import preset
 
 def get_config(arg: str = "8b"):
     if arg not in ("8b", "70b"):
-        raise ValueError(f"{arg!r} is no size: write :8b or :70b")
+        raise ValueError(f"unknown size {arg!r}: write :8b or :70b")
     config = default_config(preset(f"llama3.1_{arg}").to_dict())
     config.init.checkpoint = f"hf/Llama-3.1-{arg.upper()}"
     config.tokenizer.path = config.init.checkpoint

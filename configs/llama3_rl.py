@@ -1,4 +1,4 @@
-"""Reinforcement learning of Llama-3.1-Instruct (8B, or 70B with `:70b`) in MINT's tasks, on one slice.
+"""Reinforcement learning of Llama-3.1-Instruct (8B, or 70B with `:70b`) on MINT's tasks, on one slice.
 
 512 episodes an update, 8 of each task, of 2048 tokens. Never run; docs/planner.md has an estimate.
 
@@ -13,7 +13,7 @@ from lemur_jax.models.presets import preset
 
 def get_config(arg: str = "8b"):
     if arg not in ("8b", "70b"):
-        raise ValueError(f"{arg!r} is no size: write :8b or :70b")
+        raise ValueError(f"unknown size {arg!r}: write :8b or :70b")
     config = default_config(preset(f"llama3.1_{arg}").to_dict())
     config.init.checkpoint = f"hf/Llama-3.1-{arg.upper()}-Instruct"
     config.tokenizer.path = config.init.checkpoint

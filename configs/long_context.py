@@ -1,11 +1,11 @@
 """Lemur's first stage on long rows: Llama-2-7B at 32,768 tokens, or Llama-3.1-8B at 131,072 with `:128k`.
 
 `:yarn32k` and then `:yarn128k` extend Llama-2-7B from its 4096 positions in two stages by YaRN (Peng et al. 2023):
-factors 8 and 32, 400 and 200 updates of 4,194,304 tokens, the second from the first one's result.
+factors 8 and 32, 400 and 200 updates of 4,194,304 tokens; the second starts from the first's result.
 
-Chosen here, not published: all but the rows' length as in `lemur_70b_pretrain.py`, 4,194,304 tokens an update, and for
-Llama-2, which was trained on 4096, the rotary base of Code Llama, 1,000,000 (Rozière et al. 2023).
-Hardware: TPU v5e-256, positions cut over `config.mesh.sequence`. `lemur plan` tells what it takes (docs/planner.md).
+Other options are those of `lemur_70b_pretrain.py`. Chosen here, not published: 4,194,304 tokens an update, and for
+Llama-2, which was trained on 4096 positions, Code Llama's rotary base, 1,000,000 (Rozière et al. 2023).
+Hardware: TPU v5e-256, positions sharded over `config.mesh.sequence`. `lemur plan` estimates memory and time.
 
     export LEMUR_DATA=gs://BUCKET/data                      # see configs/lemur_tasks.py
     lemur plan --config configs/long_context.py:128k --topology v5e-256
@@ -17,7 +17,7 @@ import lemur_70b_pretrain
 
 from lemur_jax.models.presets import preset
 
-# factor of the length, updates, parameters to start from, devices of a row
+# factor of the length, updates, initial checkpoint, devices of a row
 YARN = {
     "yarn32k": (8, 400, "gs://BUCKET/llama2_7b", 4),
     "yarn128k": (32, 200, "gs://BUCKET/runs/yarn32k", 16),
@@ -34,7 +34,7 @@ def get_config(arg: str = "32k"):
         config.tokenizer.extend, config.tokenizer.add_tokens = "", ()
         config.data.stores = "gs://BUCKET/stores/llama3"
         config.mesh.sequence = 16
-        config.compute.remat = "offload_full"  # what the layers start from goes to the host: 2 GiB a chip
+        config.compute.remat = "offload_full"  # offloads layer inputs to the host: 2 GiB a chip
     elif arg == "32k":
         model = preset("llama2_7b", vocab_size=32_024, max_position_embeddings=32_768, rope_theta=1_000_000.0)
         config.init.checkpoint, config.init.change_rope = "gs://BUCKET/llama2_7b", True
@@ -55,11 +55,11 @@ def get_config(arg: str = "32k"):
         config.optimizer.warmup_steps = 20
         config.compute.remat = "offload_full"
     else:
-        raise ValueError(f"{arg!r} is no length: write :32k, :128k, :yarn32k or :yarn128k")
+        raise ValueError(f"unknown length {arg!r}: write :32k, :128k, :yarn32k or :yarn128k")
     config.model.update(model.to_dict())
     config.data.sequence_length = model.max_position_embeddings
     config.train.batch_rows = 4_194_304 // config.data.sequence_length
     config.train.microbatches = 2
-    # Of all devices of a row together; with the default of 512 the head would be gathered 64 or 256 times a row.
+    # Over all devices of a row; with the default of 512 the head would be gathered 64 or 256 times a row.
     config.compute.loss_chunk = 8192
     return config

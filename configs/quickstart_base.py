@@ -1,6 +1,6 @@
-"""Quickstart from nothing, base: a small base Llama on text, the stand-in for Llama-2.
+"""Quickstart from scratch, base: a small Llama trained on text, in place of Llama-2.
 
-Data: Python's documentation as every machine has it (seqio task `python_docs`, see `configs/quickstart_tasks.py`).
+Data: Python's documentation (task `python_docs`, see `configs/quickstart_tasks.py`).
 Hardware: 2 CPU cores, about 2 minutes.
 
     lemur prepare --config configs/quickstart_base.py

@@ -1,7 +1,7 @@
-"""Quickstart from nothing, chat: the vocabulary extended by ChatML's tokens, then chat tuning.
+"""Quickstart from scratch, chat: ChatML's tokens added to the vocabulary, then chat tuning.
 
 Data: conversations made of real functions, docstrings and documentation (`python_chat`), packed whole;
-loss on the assistant's turns alone.
+loss on the assistant's turns only.
 Hardware: 2 CPU cores, about 1 minute.
 
     lemur prepare --config configs/quickstart_chat.py

@@ -1,7 +1,7 @@
-"""Quickstart from nothing, with preferences: DPO of an adapter on pairs of answers, from the chat model.
+"""Quickstart from scratch, DPO: an adapter of the chat model, trained on pairs of answers.
 
-Data: the questions of `python_chat`; the real answer is preferred to that of another question (`python_pairs`).
-Hardware: 2 CPU cores, about 2 minutes. `:ipo`, `:simpo`, `:orpo` and `:kto` take another loss.
+Data: the questions of `python_chat`; the real answer is chosen, that of another question rejected (`python_pairs`).
+Hardware: 2 CPU cores, about 2 minutes. Other losses: `:ipo`, `:simpo`, `:orpo`, `:kto`.
 
     lemur prepare --config configs/quickstart_dpo.py
     lemur train --config configs/quickstart_dpo.py --workdir quickstart/runs/dpo

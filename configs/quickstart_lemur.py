@@ -1,13 +1,13 @@
-"""Quickstart from nothing, Lemur: code-heavy continued pretraining, code : text = 10 : 1 by tokens.
+"""Quickstart from scratch, Lemur: code-heavy continued pretraining, code : text = 10 : 1 by tokens.
 
-Starts from the base model, which went through a Hugging Face directory as Llama-2 would.
+Starts from the base model, imported from a Hugging Face directory as Llama-2 would be.
 Data: the standard library's source (`python_stdlib`) and documentation (`python_docs`).
 Hardware: 2 CPU cores, about 2 minutes.
 
     lemur prepare --config configs/quickstart_lemur.py
     lemur train --config configs/quickstart_lemur.py --workdir quickstart/runs/lemur
 
-`configs/quickstart_lemur.py:annealed` ends with as much text as code, in the last fifth of its steps.
+`configs/quickstart_lemur.py:annealed` trains on equal shares of code and text in the last fifth of its steps.
 """
 
 import quickstart_base
@@ -26,7 +26,7 @@ def get_config(arg: str = ""):
     if arg == "annealed":
         config.data.stages = {"anneal": {"step": 256, "shares": {"python_stdlib": 10.0, "python_docs": 10.0}}}
     elif arg:
-        raise ValueError(f"{arg!r} is no variant: write :annealed, or nothing")
+        raise ValueError(f"unknown variant {arg!r}: write :annealed, or nothing")
 
     config.train.steps = 320
     config.optimizer.learning_rate = 1e-3

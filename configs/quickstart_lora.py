@@ -1,7 +1,7 @@
-"""Quickstart from nothing, with an adapter: chat tuning continued by LoRA, the model's own weights frozen.
+"""Quickstart from scratch, LoRA: more chat tuning with an adapter; the model's weights are frozen.
 
-Data and hardware as `quickstart_chat.py`. The adapter has 4% of the model's number of parameters;
-checkpoints hold nothing else.
+Data and hardware as in `quickstart_chat.py`. The adapter has 4% as many parameters as the model; checkpoints hold only
+the adapter.
 
     lemur train --config configs/quickstart_lora.py --workdir quickstart/runs/lora
     lemur export-hf quickstart/runs/lora quickstart/hf/lora --adapter

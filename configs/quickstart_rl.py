@@ -1,7 +1,7 @@
-"""Quickstart from nothing, afterwards: a text game, learned by reinforcement from careless play.
+"""Quickstart from scratch, RL: a text game, starting from imitation of a careless player.
 
 `:play` tunes the chat model on conversations of a careless player (task `lamp_play`), who goes north half of the time
-and else follows the light; without an argument, `lemur rl` goes on from there (docs/rl.md).
+and otherwise follows the light; without an argument, `lemur rl` continues from that model (docs/rl.md).
 Hardware: 2 CPU cores, two minutes each.
 
     lemur prepare --config configs/quickstart_rl.py:play
@@ -34,7 +34,7 @@ def get_config(arg: str = ""):
         config.optimizer.warmup_steps = 5
         return config
     if arg:
-        raise ValueError(f"{arg!r} is no variant: write :play, or nothing")
+        raise ValueError(f"unknown variant {arg!r}: write :play, or nothing")
     config.init.checkpoint = "quickstart/runs/play"
     config.rl.environment = "lamp"
     config.rl.group_size = 8

@@ -1,7 +1,7 @@
 """Quickstart, stage 5: chat tuning after `smollm2_lemur.py`, in SmolLM2's own chat template.
 
 Data: conversations made of real functions, docstrings and documentation (`python_chat`), packed whole; loss on the
-assistant's turns alone.
+assistant's turns only.
 Hardware: 2 CPU cores, about 2 minutes with the evaluations; 5 GB of memory.
 
     lemur prepare --config configs/smollm2_chat.py

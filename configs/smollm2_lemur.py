@@ -1,4 +1,4 @@
-"""Quickstart, stage 4: SmolLM2-135M-Instruct trained further on code and text, code : text = 10 : 1 by tokens.
+"""Quickstart, stage 4: continued pretraining of SmolLM2-135M-Instruct, code : text = 10 : 1 by tokens.
 
 Data: the standard library's source (`python_stdlib`) and documentation (`python_docs`), see `quickstart_tasks.py`.
 Hardware: 2 CPU cores, about 4 minutes with the evaluations; 5 GB of memory.

@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct tuned on what worked: episodes of agents that `lemur export-traces` wrote, loss on the
-agent's turns alone. The model is the quickstart's, before its training; rates are those of `smollm2_chat.py`.
+"""SmolLM2-135M-Instruct tuned on solved episodes that `lemur export-traces` wrote, with loss on the agent's turns only.
+The model is the quickstart's before training; learning rates are those of `smollm2_chat.py`.
 
-Hardware: 2 CPU cores, 2 minutes of processor time; 5 GB of memory (docs/agents.md has a run).
+Hardware: 2 CPU cores, 2 minutes of CPU time; 5 GB of memory (docs/agents.md has a run).
 
     lemur export-traces --traces agents.json --output quickstart/traces/solved.jsonl --config configs/smollm2_traces.py
     lemur train --config configs/smollm2_traces.py --workdir quickstart/traces/tuned

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced by the other scripts: finds a Python and makes a virtual environment with this package in it.
+# Sourced by the other scripts: finds a Python and creates a virtual environment with this package.
 
-# Prints the first interpreter of Python 3.11 to 3.13 that really runs; $PYTHON goes before all others.
+# Prints the first working interpreter of Python 3.11 to 3.13; $PYTHON has precedence.
 find_python() {
   local candidate
   for candidate in ${PYTHON:-} python3.11 python3.12 python3.13 python3 python; do
@@ -14,14 +14,14 @@ find_python() {
   return 2
 }
 
-# make_environment DIR EXTRAS: activates an environment in DIR with the package and e.g. "[test]"; installs nothing when
-# it is there and setup.cfg has not changed since.
+# make_environment DIR EXTRAS: activates an environment in DIR with the package and e.g. "[test]"; creates it first if it
+# does not exist or setup.cfg has changed.
 make_environment() {
   local directory=$1 extras=$2 stamp python
   stamp="$directory/.installed$extras"
   if ! cmp -s setup.cfg "$stamp"; then
     python=$(find_python) || return
-    echo "making $directory with $("$python" --version) (once; a few minutes)"
+    echo "creating $directory with $("$python" --version) (once; a few minutes)"
     "$python" -m venv "$directory" || return
     "$directory/bin/pip" install --quiet --disable-pip-version-check --editable ".$extras" || return
     cp setup.cfg "$stamp"

@@ -2,7 +2,7 @@
 # A run on TPU slices of a GKE cluster, through XPK (https://github.com/AI-Hypercomputer/xpk; pip install xpk).
 #
 #   launch/gke.sh start                 submits the run as a workload of the cluster
-#   launch/gke.sh smoke | doctor        submits `lemur smoke` with the words in SMOKE, or `lemur doctor` for the run
+#   launch/gke.sh smoke | doctor        submits `lemur smoke` with the arguments in SMOKE, or `lemur doctor` for the run
 #   launch/gke.sh status | logs         lists the workloads of the cluster | prints the log of the first host
 #   launch/gke.sh delete                deletes the workload: hosts get SIGTERM and 120 s, in which the run saves
 #
@@ -36,7 +36,7 @@ case $verb in
     esac
     variables=(--env=LEMUR_JOIN=1 --env=LEMUR_RELAUNCH=1)
     for pair in ${ENVIRONMENT[@]+"${ENVIRONMENT[@]}"}; do variables+=(--env="$pair"); done
-    # `exec`: XPK sends SIGTERM to the shell that it starts, and this makes that process the run itself.
+    # `exec`: XPK sends SIGTERM to the shell that it starts, so the run must replace that shell.
     execute xpk workload create "${place[@]}" --workload="$name" --tpu-type="$ACCELERATOR" --num-slices="$SLICES" \
       "${tier[@]}" --docker-image="$IMAGE" "${variables[@]}" --max-restarts="$restarts" --restart-on-exit-codes=75 \
       --termination-grace-period-seconds=120 ${XPK_FLAGS[@]+"${XPK_FLAGS[@]}"} --command="exec $(quoted "${command[@]}")"

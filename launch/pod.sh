@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# A run on a Cloud TPU slice, from nothing to finished, through queued resources.
+# A run on Cloud TPU slices, through queued resources.
 #
-#   launch/pod.sh watch                 all of the below: creates, sets up and starts, again after every
-#                                       preemption and crash, until the run is finished
+#   launch/pod.sh watch                 all steps below: creates, sets up and starts, and restarts after
+#                                       preemptions and crashes until the run is finished
 #   launch/pod.sh create                requests the slices and waits until they are ready
 #   launch/pod.sh push | setup          copies `git archive HEAD` to every worker | installs it there
-#   launch/pod.sh smoke | doctor        `lemur smoke` with the words in SMOKE, `lemur doctor` for the run: on every
-#                                       worker of every slice at once; need what `push` and `setup` have done
+#   launch/pod.sh smoke | doctor        `lemur smoke` with the arguments in SMOKE, `lemur doctor` for the run: on
+#                                       every worker of every slice at once, after `push` and `setup`
 #   launch/pod.sh start | stop          starts the run on every worker | stops it (SIGTERM)
 #   launch/pod.sh status | logs         one word a worker | follows the log of worker 0
 #   launch/pod.sh delete                deletes the slices
 #
 # --settings FILE   default launch/settings.sh; see launch/settings.example.sh
-# --dry-run         prints the commands exactly as they would be executed, and executes none
+# --dry-run         prints the commands and executes none
 #
-# Exit status: 0 done; 2 a mistake in the settings or in the run's config, or what `smoke` or `doctor` found;
+# Exit status: 0 done; 2 an error in the settings or the run's config, or found by `smoke` or `doctor`;
 # 3 no quota; 4 a worker cannot be reached; 5 the run crashes too often.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -35,7 +35,7 @@ check_settings() {
     bash ${dry_run:+-n} -eu "$SECRETS_FILE" &>/dev/null ||
       fail "bash cannot read $SECRETS_FILE: write NAME=value lines, and NAME='value' where it has spaces or signs"
   fi
-  # Its "command not found" would be read as: there is no such slice.
+  # Otherwise its "command not found" would be taken for a slice that does not exist.
   [ -n "$dry_run" ] || command -v gcloud >/dev/null || fail "gcloud is not installed"
   [[ $verb != watch && $verb != push ]] || git cat-file -e "HEAD:./${CONFIG%%:*}" 2>/dev/null ||
     fail "CONFIG ${CONFIG%%:*} is not committed, so it is not pushed"
@@ -70,7 +70,7 @@ on_workers() {
   return "$result"
 }
 
-# examine VERB WORD...: `lemur VERB WORD...` on all workers; 2 where one finds something wrong, which ssh does not report.
+# examine VERB WORD...: `lemur VERB WORD...` on all workers; 2 if one finds a problem, which ssh does not report.
 examine() {
   on_workers execute "bash lemur/launch/worker.sh $(quoted "$@")" 2>&1 |
     awk '!seen[$0]++ { print; fflush() } /: lemur [a-z]+ ended with [1-9]/ { bad = 2 } END { exit bad }'
@@ -84,7 +84,7 @@ copy_to_workers() {
   done
 }
 
-# ACTIVE, WAITING_FOR_RESOURCES, FAILED, SUSPENDED, ...; NONE when there is no such request.
+# ACTIVE, WAITING_FOR_RESOURCES, FAILED, SUSPENDED, ...; NONE if there is no such request.
 state() {
   local found
   if found=$(gcloud compute tpus queued-resources describe "$RUN" "${place[@]}" --format='value(state.state)' 2>&1); then
@@ -98,15 +98,15 @@ state() {
 }
 
 request() {
-  local said
-  if said=$(execute gcloud compute tpus queued-resources create "$RUN" "${place[@]}" "${shape[@]}" \
+  local output
+  if output=$(execute gcloud compute tpus queued-resources create "$RUN" "${place[@]}" "${shape[@]}" \
     --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME" ${tier[@]+"${tier[@]}"} \
     ${CREATE_FLAGS[@]+"${CREATE_FLAGS[@]}"} 2>&1); then
-    echo "$said"
+    echo "$output"
     return 0
   fi
-  echo "$said" >&2
-  case $said in
+  echo "$output" >&2
+  case $output in
     *[Qq]uota*) fail "no quota for $ACCELERATOR in $ZONE: ask for it in the console, or change the settings" 3 ;;
     *ALREADY_EXISTS*) return 0 ;;
     *capacity* | *UNAVAILABLE* | *INTERNAL*) return 1 ;; # try again later
@@ -115,16 +115,16 @@ request() {
 }
 
 delete() {
-  local said
-  if said=$(execute gcloud compute tpus queued-resources delete "$RUN" "${place[@]}" --force --quiet 2>&1); then
-    echo "$said"
+  local output
+  if output=$(execute gcloud compute tpus queued-resources delete "$RUN" "${place[@]}" --force --quiet 2>&1); then
+    echo "$output"
   else
-    echo "$said" >&2
-    [[ $said == *NOT_FOUND* || $said == *"not found"* ]]
+    echo "$output" >&2
+    [[ $output == *NOT_FOUND* || $output == *"not found"* ]]
   fi
 }
 
-# Until the slices are there. Requests that failed are sent again.
+# Waits until the slices are ready. Failed requests are sent again.
 create() {
   [ -z "$dry_run" ] || { request && return; }
   local now before=''
@@ -169,7 +169,7 @@ logs() { execute gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${place[@]}" --wo
   ${SSH_FLAGS[@]+"${SSH_FLAGS[@]}"} --command='tail -n 100 -F lemur/run.log'; }
 status() { on_workers insist 'if [ -d lemur/launch ]; then bash lemur/launch/worker.sh status; else echo absent; fi'; }
 
-# One word for the whole pod out of every worker's: a run is only finished where all are.
+# Reduces the workers' states to one: a run is finished only if all are.
 summary() {
   local words
   words=$(status 2>/dev/null) || words=unreachable
@@ -194,19 +194,19 @@ watch() {
     [ "$now" = unreachable ] || unreachable=0
     case $now in
       running) ;;
-      absent | ready) { push && setup && start; } || echo "pod.sh: could not set up every worker; looking again" >&2 ;;
+      absent | ready) { push && setup && start; } || echo "pod.sh: could not set up every worker; trying again" >&2 ;;
       0)
         echo "finished: $WORKDIR"
         [ "$DELETE_WHEN_FINISHED" = yes ] && delete
         return 0
         ;;
-      2) fail "the run refuses its config or data: see launch/pod.sh logs; the slice is still there" ;;
+      2) fail "the run refuses its config or data: see launch/pod.sh logs; the slice is not deleted" ;;
       unreachable)
         unreachable=$((unreachable + 1))
         # An unreachable worker of an ACTIVE slice does not recover.
         if [ "$unreachable" -ge "$RETRIES" ]; then
           [ "$unreachable" -lt $((2 * RETRIES)) ] || fail "a worker cannot be reached, on a new slice either" 4
-          echo "pod.sh: a worker cannot be reached; making a new slice" >&2
+          echo "pod.sh: a worker cannot be reached; creating a new slice" >&2
           delete || true
         fi
         ;;

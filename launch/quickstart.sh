@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Lemur's recipe in small, on a real model: SmolLM2-135M-Instruct is imported, trained further on code and text at
-# 10 : 1, tuned on conversations, exported, compared with transformers, and asked the same questions after each stage.
+# Lemur's recipe on a small pretrained model: SmolLM2-135M-Instruct is imported, trained on code and text at 10 : 1, tuned on
+# conversations, exported, compared with transformers, and asked the same questions after each stage.
 #
 #   bash launch/quickstart.sh
 #
-# Everything goes to ./quickstart/smollm2. Started again, it resumes. Where the model cannot be
-# had from a package index or from Hugging Face's hub, launch/quickstart_scratch.sh trains a small one from nothing.
+# Writes to ./quickstart/smollm2. Run it again to resume. If neither the package index nor the Hugging Face Hub has the model,
+# launch/quickstart_scratch.sh trains a small one from scratch instead.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 make_environment .venv "[prepare,gguf,verify]"
-export LEMUR_RELAUNCH=1 # a stopped run ends with 75, and no later stage begins
+export LEMUR_RELAUNCH=1 # a stopped run ends with 75, which stops this script
 
 home=quickstart/smollm2
 mkdir -p $home
@@ -28,7 +28,7 @@ import_model() {
 
 stage "1/8 the model: SmolLM2-135M-Instruct"
 if ! import_model; then
-  echo "SmolLM2 is neither on the package index nor on the hub from here: training a small model from nothing instead"
+  echo "cannot download SmolLM2 from the package index or the hub: training a small model from scratch instead"
   exec bash launch/quickstart_scratch.sh
 fi
 [ -f $home/base/config.json ] || lemur export-hf $home/imported $home/base --dtype float32
@@ -62,7 +62,7 @@ lemur report $home/lemur $home/chat --output quickstart/report.html --table --qu
 
 stage "done"
 cat <<'END'
-quickstart/report.html      answers of each stage side by side, curves, the table of held-out bits per byte
+quickstart/report.html      answers of each stage, curves, the table of held-out bits per byte
 quickstart/smollm2/         lemur and chat: metrics and checkpoints of the two stages; stores: the token stores
 quickstart/smollm2/hf       the model for Hugging Face: AutoModelForCausalLM.from_pretrained("quickstart/smollm2/hf")
 

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Lemur's recipe in small, from nothing, on real data that every machine with Python has: tokenizer, data, a base Llama on
-# text, code-heavy continued pretraining at 10 : 1, chat tuning, export to Hugging Face, sharded inference.
+# Lemur's recipe from scratch, on Python's standard library and documentation: tokenizer, data, a base Llama on text,
+# code-heavy continued pretraining at 10 : 1, chat tuning, export to Hugging Face, sharded inference.
 #
 #   bash launch/quickstart_scratch.sh
 #
-# Everything goes to ./quickstart. Started again, it resumes.
+# Writes to ./quickstart. Run it again to resume.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 make_environment .venv "[prepare]"
-export LEMUR_RELAUNCH=1 # a stopped run ends with 75, and no later stage begins
+export LEMUR_RELAUNCH=1 # a stopped run ends with 75, which stops this script
 
 runs=quickstart/runs
 
@@ -18,7 +18,7 @@ lemur prepare --config configs/quickstart_base.py
 lemur prepare --config configs/quickstart_lemur.py
 lemur prepare --config configs/quickstart_chat.py
 
-stage "2/8 base: a small Llama on text, the stand-in for Llama-2"
+stage "2/8 base: a small Llama on text, in place of Llama-2"
 lemur train --config configs/quickstart_base.py --workdir $runs/base
 [ -f quickstart/hf/base/config.json ] || lemur export-hf $runs/base quickstart/hf/base --dtype float32
 
@@ -35,7 +35,7 @@ stage "6/8 export to Hugging Face"
 [ -f quickstart/hf/chat/config.json ] || lemur export-hf $runs/chat quickstart/hf/chat --dtype float32
 
 stage "7/8 sharded inference on 8 virtual devices (fsdp 4 × tensor 2)"
-compare=() # torch is gigabytes: their tokens are compared only where they are installed
+compare=() # torch is large: compared with transformers only if torch is installed
 if python -c "import torch" 2>/dev/null; then compare=(--hf quickstart/hf/chat); fi
 lemur smoke --checkpoint $runs/chat --virtual-devices 8 --mesh fsdp=4,tensor=2 ${compare[@]+"${compare[@]}"}
 question="What does Python's documentation say about the with statement?"

@@ -2,11 +2,11 @@
 # shellcheck shell=bash disable=SC2034  # read by the scripts that source this file
 
 # --- the run
-RUN=my-run                              # names everything that is made; lower case, digits, "-"
-CONFIG=configs/lemur_7b_pretrain.py     # or PATH:ARGUMENT; committed: the code that is pushed is `git archive HEAD`
+RUN=my-run                              # names all resources; lower case, digits, "-"
+CONFIG=configs/lemur_7b_pretrain.py     # or PATH:ARGUMENT; must be committed: `git archive HEAD` is pushed
 WORKDIR=                                # gs://BUCKET/...
 OVERRIDES=()                            # e.g. (--config.train.steps=1000)
-SMOKE=()                                # words of `lemur smoke`: (--checkpoint gs://... --mesh fsdp=8 --dtype bfloat16)
+SMOKE=()                                # arguments of `lemur smoke`: (--checkpoint gs://... --mesh fsdp=8 --dtype bfloat16)
 ENVIRONMENT=()                          # e.g. (LIBTPU_INIT_ARGS=--xla_...); never a secret
 
 # --- TPUs (launch/pod.sh, launch/gke.sh)
@@ -17,19 +17,19 @@ SLICES=1                                # > 1: joined by the data-centre network
 PROVISIONING=on-demand                  # on-demand, spot or reserved
 
 # --- TPU VMs (launch/pod.sh)
-# Secrets: a local file of NAME=value lines, as bash reads them, mode 600. It is copied as a file, read by the run on
-# the workers, and never appears in an argument or a log. Empty: none.
+# Secrets: a local file of NAME=value lines in bash syntax, mode 600. It is copied to the workers, where the run reads
+# it; it never appears in an argument or a log. Empty: none.
 SECRETS_FILE=
-RUNTIME=                                # image, e.g. tpu-ubuntu2204-base or v2-alpha-tpuv6e
+RUNTIME=                                # VM image, e.g. tpu-ubuntu2204-base or v2-alpha-tpuv6e
 CREATE_FLAGS=()                         # more flags of `gcloud compute tpus queued-resources create`
 SSH_FLAGS=()                            # e.g. (--tunnel-through-iap)
 
-# --- patience
-SSH_SECONDS=900                         # one command on all workers
-RETRIES=3                               # of a command that failed on a worker
-POLL_SECONDS=60                         # between two status checks of `watch`
+# --- timeouts and retries
+SSH_SECONDS=900                         # timeout of one command on all workers
+RETRIES=3                               # attempts of a command that fails on a worker
+POLL_SECONDS=60                         # seconds between two status checks of `watch`
 MAX_RESTARTS=20                         # restarts after crashes of the run before `watch` stops
-DELETE_WHEN_FINISHED=yes                # `watch` gives the slice back at the end: yes or no
+DELETE_WHEN_FINISHED=yes                # `watch` deletes the slice at the end: yes or no
 
 # --- GKE (launch/gke.sh)
 CLUSTER=                                # name of the cluster, as `xpk cluster list` shows it

@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# Sourced by pod.sh and gke.sh: arguments, settings and the one way to run a command.
+# Sourced by pod.sh and gke.sh: parses arguments and settings, and executes commands.
 
 fail() { # fail MESSAGE [STATUS]
   echo "$script: $1" >&2
@@ -16,7 +16,7 @@ read_settings() {
       --settings)
         [ $# -gt 1 ] || fail "--settings needs a file"
         settings=$2
-        [ ! -f "$OLDPWD/$settings" ] || settings=$OLDPWD/$settings # the scripts have left the caller's directory
+        [ ! -f "$OLDPWD/$settings" ] || settings=$OLDPWD/$settings # the scripts have changed the directory
         shift
         ;;
       -h | --help) sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "launch/$script" && exit ;;
@@ -32,9 +32,9 @@ read_settings() {
   [ -f "$settings" ] || fail "there is no $settings: copy launch/settings.example.sh there and fill it in"
   unix_lines "$settings"
   # shellcheck source=launch/settings.example.sh
-  source launch/settings.example.sh # defaults of whatever the file leaves out
+  source launch/settings.example.sh # defaults of settings that the file omits
   local name arrays=(OVERRIDES SMOKE ENVIRONMENT CREATE_FLAGS SSH_FLAGS XPK_FLAGS)
-  unset "${arrays[@]}" # a string would become the first word of the array that is there
+  unset "${arrays[@]}" # a string would only replace the first element of an existing array
   # shellcheck source=launch/settings.example.sh
   source "$settings"
   for name in "${arrays[@]}"; do
@@ -56,23 +56,23 @@ check_values() {
   done
 }
 
-unix_lines() { ! grep -q $'\r' "$1" || fail "$1 has Windows line ends: save it with those of Unix"; }
+unix_lines() { ! grep -q $'\r' "$1" || fail "$1 has Windows line endings: save it with Unix line endings"; }
 
 # require NAME...: refuses settings that are empty.
 require() {
   local name
   for name in "$@"; do [ -n "${!name}" ] || fail "$name is empty in $settings"; done
   [[ $RUN =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "RUN is $RUN: lower case letters, digits and - only"
-  # A relative one would lie on the disk of a machine that is deleted.
+  # A relative path would be on the disk of a machine that is deleted.
   [[ $WORKDIR == *://* || $WORKDIR == /* ]] || fail "WORKDIR is $WORKDIR: it must be gs://... or start with / on storage that all hosts share"
   [ -f "${CONFIG%%:*}" ] || fail "CONFIG: there is no file ${CONFIG%%:*}"
 }
 
 require_smoke() {
-  [ ${#SMOKE[@]} -gt 0 ] || fail "SMOKE is empty in $settings: name a checkpoint and a mesh, as for lemur smoke"
+  [ ${#SMOKE[@]} -gt 0 ] || fail "SMOKE is empty in $settings: set the arguments of lemur smoke, a checkpoint and a mesh"
 }
 
-# execute COMMAND...: every command that touches the cloud goes through here.
+# execute COMMAND...: all commands that change cloud resources go through this function.
 execute() { if [ -z "$dry_run" ]; then "$@"; else quoted "$@" && echo; fi; }
 
 quoted() { printf '%q ' "$@"; }

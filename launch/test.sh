@@ -2,7 +2,7 @@
 # Runs the test suite in an environment of its own. Arguments go to pytest:
 #   bash launch/test.sh                         everything but the slow tests
 #   bash launch/test.sh --quick                 no test that starts a process or takes seconds: about 2 minutes
-#   bash launch/test.sh -m slow                 the slow ones
+#   bash launch/test.sh -m slow                 the slow tests
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
@@ -11,5 +11,5 @@ if [ "${1:-}" = --quick ]; then
   shift
   set -- -m 'not slow and not process' "$@"
 fi
-# Two processes, a file each: the tests of one file share their fixtures. A process that dies ends the run at once.
+# Tests of one file run in one process, because they share fixtures. A process that dies ends the run at once.
 exec .venv-test/bin/python -m pytest -n "${TEST_PROCESSES:-2}" --dist loadfile --no-loadscope-reorder --max-worker-restart 0 "$@"

@@ -2,15 +2,15 @@
 # Runs on every worker of a pod, in the directory of the pushed code. launch/pod.sh calls it over ssh.
 #
 #   worker.sh setup                    makes .venv; needs no root
-#   worker.sh start WORDS...           starts `lemur WORDS`, which survives the ssh session
+#   worker.sh start WORDS...           starts `lemur WORDS`, detached from the ssh session
 #   worker.sh status                   one word: absent, ready, running, or the exit status of the run
-#   worker.sh stop                     SIGTERM, and waits: the run saves a checkpoint if it can
-#   worker.sh doctor|smoke WORDS...    `lemur doctor WORDS` in the run's environment, and a line of how it ended
+#   worker.sh stop                     sends SIGTERM and waits; the run saves a checkpoint if it can
+#   worker.sh doctor|smoke WORDS...    runs `lemur doctor WORDS` in the run's environment and prints its status
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PATH="$PWD/.venv/bin:$HOME/.local/bin:$PATH"
 
-# After a restart of the machine another process may have the number.
+# After a reboot another process may have this id.
 running() { [ -f run.pid ] && grep -qs -e lemur -e worker.sh "/proc/$(cat run.pid)/cmdline"; }
 
 result=/dev/null
@@ -22,14 +22,14 @@ load_environment() {
   # shellcheck source=/dev/null
   [ ! -f run.env ] || source run.env
   # shellcheck source=/dev/null
-  [ ! -f secrets.env ] || source secrets.env 2>/dev/null # bash shows the words that it does not understand
+  [ ! -f secrets.env ] || source secrets.env 2>/dev/null # bash's error would print the secret
   set +a
   trap - EXIT
 }
 
 case ${1:-} in
   setup)
-    # The images carry Python 3.10; uv brings a newer one without root.
+    # The images have Python 3.10; uv installs a newer one without root.
     [ -x "$HOME/.local/bin/uv" ] || python3 -m pip install --quiet --user uv
     [ -x .venv/bin/python ] || uv venv --quiet --python 3.12 .venv
     uv pip install --quiet --python .venv/bin/python --editable '.[tpu,int8]'
@@ -55,7 +55,7 @@ case ${1:-} in
   status)
     if running; then echo running
     elif [ -f exit_status ]; then cat exit_status
-    elif [ -f run.pid ]; then echo 137 # nothing wrote down how it ended: killed, or the machine restarted
+    elif [ -f run.pid ]; then echo 137 # no exit status was written: killed, or the machine rebooted
     elif [ -x .venv/bin/lemur ]; then echo ready
     else echo absent; fi
     ;;

@@ -75,7 +75,7 @@ def test_optional_packages(fetch, monkeypatch, capsys):
     monkeypatch.setattr(fetch, "newest", index.get)
     rfcs = dict(suffixes=(".txt",), license="", optional=("manual",))
     assert fetch.packages_of(fetch.Corpus(packages=("git-doc",), **rfcs)) == ["git-doc"]
-    assert capsys.readouterr().out == "manual is not in the package index and left out\n"
+    assert capsys.readouterr().out == "manual is not in the package index: skipped\n"
     with pytest.raises(SystemExit, match="no Debian package manual"):
         fetch.packages_of(fetch.Corpus(packages=("manual",), **rfcs))
 
@@ -143,7 +143,7 @@ def test_the_configs_and_a_small_prepare(tmp_path, tokenizer_dir, monkeypatch):
 
 def test_run_sh_says_what_is_missing(tmp_path):
     shutil.copytree(HERE, tmp_path / "examples/real_corpora")
-    for words, message in ((["tpu"], "no variant tpu"), ([], "run bash launch/quickstart.sh first")):
+    for words, message in ((["tpu"], "unknown variant tpu"), ([], "run bash launch/quickstart.sh first")):
         script = ["bash", str(tmp_path / "examples/real_corpora/run.sh"), *words]
         done = subprocess.run(script, capture_output=True, text=True, check=False)
         assert done.returncode == 2

@@ -1,10 +1,10 @@
-"""Makes a choice task of WordNet's definitions: which of four words has this meaning?
+"""Writes a multiple-choice task from WordNet: which of four words has this definition?
 
     python examples/real_corpora/definitions.py [DIRECTORY]     # default: corpora; writes DIRECTORY/definitions.jsonl
     lemur eval --checkpoint RUN --tasks definitions --include-path examples/real_corpora
 
-WordNet 3.0 comes from Debian's package wordnet-base. A question is the first meaning of a noun or verb that WordNet's
-authors found in text. The four words are of one of WordNet's topics, so that chance answers 25%.
+WordNet 3.0 comes from Debian's package wordnet-base. A question is the first meaning of a noun or verb that occurs in
+WordNet's tagged texts. The four words share one of WordNet's topics; chance is 25%.
 """
 
 import json
@@ -21,7 +21,7 @@ QUESTIONS = 500
 
 
 def first_meanings(root: Path, kind: str) -> dict[str, str]:
-    """Word -> place of its first meaning in `data.KIND`; single words with meanings counted in text."""
+    """Word -> offset of its first meaning in `data.KIND`; only single words that occur in tagged texts."""
     meanings = {}
     for line in (root / f"index.{kind}").read_text().splitlines():
         fields = line.split()
@@ -34,7 +34,7 @@ def first_meanings(root: Path, kind: str) -> dict[str, str]:
 
 
 def questions(root: Path, kind: str) -> list[dict]:
-    """Every question of a part of speech, in the order of the words."""
+    """All questions of a part of speech, in the order of the words."""
     topics: dict[str, dict[str, tuple[str, set[str]]]] = defaultdict(dict)
     meanings = first_meanings(root, kind)
     synsets = {}

@@ -1,10 +1,10 @@
-"""Fetches code in six languages, manuals and a book from Debian's packages, as JSON Lines with their licences.
+"""Fetches code in six languages, manuals and a book from Debian packages, as JSON Lines with their licenses.
 
     python examples/real_corpora/fetch.py [DIRECTORY]     # default: corpora
 
-Needs Debian or Ubuntu with a current package index (`apt-get update`), and no rights: packages are downloaded and
-unpacked, not installed. RFCs join the manuals where the index has them: in Debian they are in the section non-free.
-What is fetched is about 110 MB; what is kept is at most `CORPUS_BYTES` of each corpus.
+Needs Debian or Ubuntu with a current package index (`apt-get update`), but no root: packages are downloaded and
+unpacked, not installed. RFCs are added to the manuals if the index has them (Debian's section non-free).
+Downloads about 110 MB and keeps at most `CORPUS_BYTES` of each corpus.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 CORPUS_BYTES = 12 << 20
-FILE_BYTES = 200, 200 << 10  # smaller and larger files are left out
+FILE_BYTES = 200, 200 << 10  # smaller and larger files are skipped
 _UNWANTED = re.compile(
     r"(^|/)(tests?|testdata|vendor|unsupported|po|changelog[^/]*|copyright)(/|$)", re.IGNORECASE
 )
@@ -34,10 +34,10 @@ class Corpus:
     """Files of Debian packages.
 
     Attributes:
-      packages: patterns of their names; of several versions the newest is taken.
-      suffixes: of the files.
-      optional: packages that are taken if the index has them.
-      license: as the packages' `copyright` files state it, which are kept in `licenses/`.
+      packages: patterns of their names; the newest of several versions is used.
+      suffixes: file name suffixes or patterns.
+      optional: patterns of packages that are used if the index has them.
+      license: as in the packages' `copyright` files, which are kept in `licenses/`.
     """
 
     packages: tuple[str, ...]
@@ -69,7 +69,7 @@ CORPORA = {
 
 
 class _Text(html.parser.HTMLParser):
-    """The text of a page, a block of it a paragraph."""
+    """The text of an HTML page, one paragraph per block."""
 
     BLOCKS = frozenset(
         ("p", "h1", "h2", "h3", "h4", "li", "pre", "div", "td", "dt", "dd", "blockquote", "br")
@@ -97,7 +97,7 @@ class _Text(html.parser.HTMLParser):
 
 
 def page_text(page: str) -> str:
-    """An HTML page's text: paragraphs on a line each, an empty line between two."""
+    """An HTML page's text: one line per paragraph, separated by empty lines."""
     reader = _Text()
     reader.feed(page)
     reader.close()
@@ -116,7 +116,7 @@ def read_text(path: Path) -> str:
 
 
 def documents(root: Path, corpus: Corpus) -> Iterator[dict[str, str]]:
-    """The documents of an unpacked corpus in an order by hash, up to `CORPUS_BYTES`."""
+    """The documents of an unpacked corpus, ordered by hash, up to `CORPUS_BYTES`."""
     left = CORPUS_BYTES
     files = [path for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
     files = [path for path in files if _matches(path.relative_to(root).as_posix(), corpus.suffixes)]
@@ -160,7 +160,7 @@ def packages_of(corpus: Corpus) -> list[str]:
                 f"there is no Debian package {pattern}: run `apt-get update` once as root, or edit CORPORA"
             )
         if not package:
-            print(f"{pattern} is not in the package index and left out", flush=True)
+            print(f"{pattern} is not in the package index: skipped", flush=True)
     return [package for package in found.values() if package]
 
 
@@ -179,7 +179,7 @@ def unpack(package: str, root: Path) -> None:
 
 def main(directory: Path) -> None:
     if not shutil.which("apt-get"):
-        sys.exit("this example takes its corpora from Debian's packages, and there is no apt-get here")
+        sys.exit("this example needs Debian or Ubuntu: there is no apt-get here")
     (directory / "licenses").mkdir(parents=True, exist_ok=True)
     for name, corpus in CORPORA.items():
         target = directory / f"{name}.jsonl"

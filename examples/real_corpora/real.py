@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct trained further on code in six languages and on manuals, 10 : 1 by tokens.
+"""Continued pretraining of SmolLM2-135M-Instruct on code in six languages and on manuals, 10 : 1 by tokens.
 
-Data: Debian packages, see `fetch.py`. Held out: documents of both, and a book that is never trained on.
+Data: Debian packages, see `fetch.py`. Held out: documents of both, and a book.
 
     real.py            0.4M tokens: about an hour on 2 CPU cores, 5 GB of memory
     real.py:gpu        20M tokens: about 10 minutes on one GPU of 80 GB (estimated, not run)
@@ -15,7 +15,7 @@ from lemur_jax import config_from_checkpoint
 
 def get_config(variant: str = ""):
     if variant not in ("", "gpu", "sweep", "sweep_gpu"):
-        raise ValueError(f"{variant!r} is no variant: write :gpu, :sweep, :sweep_gpu, or nothing")
+        raise ValueError(f"unknown variant {variant!r}: write :gpu, :sweep, :sweep_gpu, or nothing")
     gpu, sweep = variant.endswith("gpu"), variant.startswith("sweep")
     config = config_from_checkpoint("quickstart/smollm2/base")
     config.compute.dtype = "bfloat16" if gpu else "float32"  # a CPU gains nothing from bfloat16
@@ -48,7 +48,7 @@ def get_config(variant: str = ""):
     config.checkpoint.keep = 1
     config.log.every_steps = 10
     if sweep:
-        # A constant rate: an evaluation on the way is then that of a shorter run, and the law can be fitted to it.
+        # At a constant rate, an intermediate evaluation equals that of a shorter run, so the law can be fitted to it.
         config.train.steps = 304 if gpu else 16
         config.optimizer.learning_rate = config.optimizer.final_learning_rate = 2e-4
         config.optimizer.warmup_steps = 20 if gpu else 2

@@ -258,7 +258,7 @@ def test_secrets_go_as_a_file_that_others_cannot_read(pod):
         ("DELETE_WHEN_FINISHED=true", "DELETE_WHEN_FINISHED is true: it must be yes or no"),
         ("RETRIES=0", "RETRIES is 0"),
         ("POLL_SECONDS=1m", "POLL_SECONDS is 1m"),
-        ("PROJECT=some-project\r", "has Windows line ends"),
+        ("PROJECT=some-project\r", "has Windows line endings"),
     ],
 )
 def test_mistakes_in_the_settings(pod, change, expected):
