@@ -1,14 +1,14 @@
-"""Whole train steps compiled for TPU slices that are not there: ours, with MaxText's estimates beside it.
+"""Compiles whole train steps for TPU slices and estimates their speed, beside MaxText's estimates.
 
     python benchmarks/aot.py                            # all: 2 to 5 minutes and 2 to 3 GiB each
     python benchmarks/aot.py --only 7b
 
-One JSON line a program. Every figure is an **estimate** from the compiler's schedule; nothing is measured. MaxText's
-column is not from this run: it is MaxText 0.2.5 put through the same compiler and the same kind of estimate, written
-down with the marks of this project on 2026-11-23. Where it is null there is no such figure.
+Prints one JSON line per program. Every figure is an **estimate** from the compiler's schedule; nothing is measured.
+MaxText's figures are not from this run: they are the same estimate for MaxText 0.2.5 with the same compiler, made on
+2026-11-23. They are null where there are none.
 
-What goes to the host's memory rests on an assumed speed (`cost.Chip.host`), so programs that offload are estimated at
-others too, over the same schedule.
+Programs that offload depend on the assumed bandwidth to the host (`cost.Chip.host`), so they are also estimated with
+other bandwidths, for the same schedule.
 """
 
 import argparse
@@ -24,13 +24,13 @@ from lemur_jax.models.presets import preset
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """A program, and MaxText's tokens/s/chip where known.
+    """A program to compile.
 
     Attributes:
       model, topology: preset and slice.
-      rows: of 4096 tokens, an update.
+      rows: rows of 4096 tokens per update.
       microbatches, remat, loss_chunk, gate_share: as in the config.
-      theirs, setting: MaxText's estimate, and with what.
+      maxtext, setting: MaxText's estimate in tokens/s/chip, and its options.
     """
 
     model: str
@@ -40,11 +40,11 @@ class Step:
     remat: str
     loss_chunk: int = 512
     gate_share: float = 0.0
-    theirs: float | None = None
+    maxtext: float | None = None
     setting: str = ""
 
 
-_70B_BY_MAXTEXT = dict(theirs=362.0, setting="asynchronous gathers; 348 by default")
+_70B_BY_MAXTEXT = dict(maxtext=362.0, setting="asynchronous gathers; 348 by default")
 PROGRAMS = {
     **{
         "70b-v4-512" + suffix: Step(
@@ -59,15 +59,15 @@ PROGRAMS = {
     "70b-v5p-128": Step(model="llama2_70b", topology="v5p-128", rows=256, microbatches=1, remat="attention_all"),
     "7b-v4-32": Step(
         model="llama2_7b", topology="v4-32", rows=64, microbatches=2, remat="mlp_gate", loss_chunk=0,
-        theirs=2875.0, setting="windowed einsum off; 1,686 by default",
+        maxtext=2875.0, setting="windowed einsum off; 1,686 by default",
     ),
     "7b-v5e-256": Step(
         model="llama2_7b", topology="v5e-256", rows=1024, microbatches=2, remat="attention_all", loss_chunk=0,
-        gate_share=0.5, theirs=2367.0,
+        gate_share=0.5, maxtext=2367.0,
     ),
 }  # fmt: skip
 LENGTH = 4096
-# Bytes a second between chip and host: what is left of PCIe 3.0 x16 when it is shared or badly used, and of 4.0.
+# Bytes per second between chip and host: PCIe 3.0 x16, shared or poorly used, and PCIe 4.0.
 OTHER_HOST_SPEEDS = (6e9, 8e9, 10e9, 24e9)
 _KEPT = (
     "fits", "tokens_per_second_per_chip", "step_seconds", "tokens_per_step", "mfu", "mfu_full_attention",
@@ -101,10 +101,10 @@ def record(name: str) -> dict:
         "microbatches": step.microbatches,
         **{key: getattr(made, key) for key in _KEPT},
         "tokens_per_second_per_chip_at_host_gb_s": other,
-        "maxtext_tokens_per_second_per_chip": step.theirs,
+        "maxtext_tokens_per_second_per_chip": step.maxtext,
         "maxtext_setting": step.setting,
         "maxtext_from_this_run": False,
-        "ratio": rate / step.theirs if rate and step.theirs else None,
+        "ratio": rate / step.maxtext if rate and step.maxtext else None,
     }
 
 
@@ -127,7 +127,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help=f"programs that begin so, of {', '.join(PROGRAMS)}")
+    parser.add_argument(
+        "--only", default="", help=f"programs whose name begins with this: {', '.join(PROGRAMS)}"
+    )
     options = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     for name in PROGRAMS:

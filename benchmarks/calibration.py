@@ -1,14 +1,14 @@
-"""The planner's estimates against published steps of MaxText on TPUs that really ran.
+"""Compares the planner's estimates with published training steps on TPUs.
 
     python benchmarks/calibration.py                    # all: some minutes a row, 2 to 3 GiB
     python benchmarks/calibration.py --only v5e
 
-Each row puts our step of the same model shape, batch, mesh and nearest rematerialization through `lemur plan` and
-compares tokens/s/chip, or the MFU where only that is published (attention counted full: so do MaxText and Google's v6e
-tables; of the tpu7x tables, which count it causal, only the rates are used). **Their step is not ours**, so the
-difference is that of two programs and of the cost model together. Prints a line and a JSON record a row.
+Each row plans this package's step for the same model shape, batch, mesh and nearest rematerialization, and compares
+tokens/s/chip, or MFU if only that is published. MFU counts attention in full, as MaxText and Google's v6e tables do; of
+the tpu7x tables, which count it causal, only rates are used. **The published step is another program**, so the
+difference combines both programs and the cost model. Prints one line and one JSON record per row.
 
-Not followed: Llama-3.1-70B on v6e-32 (921 tokens/s/chip), whose parameters are bfloat16; ours are float32.
+Not included: Llama-3.1-70B on v6e-32 (921 tokens/s/chip), whose parameters are bfloat16; here they are float32.
 """
 
 import argparse
@@ -30,29 +30,29 @@ _VMEM = ("xla_tpu_scoped_vmem_limit_kib=65536",)
 _LATE_FETCHES = "xla_tpu_pipeline_memory_host_transfers=false"  # on for v4 (parallel/compiler_flags.py)
 # SparseCores of tpu7x sum the gradients.
 _SUMS = (*_VMEM, *SPARSECORE_SUMS)
-_PROJECTIONS = "theirs sends query, key and value to the host, ours computes them again"
+_PROJECTIONS = "published: query, key and value offloaded; here: recomputed"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Published:
-    """One published figure and what of its config we can follow.
+    """A published figure, and the nearest config here.
 
     Attributes:
       name, topology: the model and the slice.
       model: fields of DecoderConfig.
-      rows: rows a chip in one pass.
+      rows: rows per chip and microbatch.
       length: T.
-      remat: our nearest policy.
+      remat: the nearest policy.
       tensor, sequence: mesh axes; the rest is fsdp.
-      blocks: of the attention kernels, forward and backward; 0: ours.
+      blocks: of the attention kernels, forward and backward; 0: the default.
       loss_chunk: positions whose logits exist at a time.
       moments: dtype of first moments.
       products: dtype of products with weights, where it is not bfloat16.
-      options: of the compiler, theirs.
-      mfu: published, attention counted full; 0: see `rate`.
+      options: compiler options, as published.
+      mfu: published, with full attention; 0: see `rate`.
       rate: published tokens/s/chip.
-      source: where anyone can look it up.
-      note: where our step differs knowingly.
+      source: where it is published.
+      note: known differences.
     """
 
     name: str
@@ -85,7 +85,7 @@ PUBLISHED = (
     Published(
         name="22B", topology="v4-128", model=shape(6144, 16_384, 48, 24, head_dim=256), rows=13, length=2048,
         remat="full", mfu=0.567, source=_MAXTEXT + "MaxText/configs/v4/README.md, 22b.sh",
-        note="their mlp is two matrices of width 24,576; ours three of 16,384, the same parameters and FLOPs",
+        note="published: mlp of two matrices of width 24,576; here: three of 16,384, the same parameters and FLOPs",
     ),
     Published(
         name="16B", topology="v5e-256", model=shape(4096, 28_672, 32, 64), rows=6, length=2048, remat="full",
@@ -95,7 +95,7 @@ PUBLISHED = (
         name="Llama-2-70B", topology="v5e-256", model=preset("llama2_70b").to_dict(), rows=2, length=2048,
         remat="offload_attention", mfu=0.57,
         source=_MAXTEXT + "getting_started/Run_Llama2.md, MaxText/configs/v5e/llama2_70b.sh",
-        note="theirs sends query, key and value to the host; ours the layer's input",
+        note="published: query, key and value offloaded; here: the layer's input",
     ),
     Published(
         name="32B", topology="v5p-128", model=shape(8192, 28_672, 32, 64), rows=7, length=2048, remat="mlp_gate",
@@ -109,7 +109,7 @@ PUBLISHED = (
     Published(
         name="Llama-3.1-8B", topology="v6e-8", model=preset("llama3.1_8b").to_dict(), rows=3, length=8192,
         remat="full", mfu=413.4 / 918, source=_RECIPES + "Llama3.1-8B-MaxText/v6e-8/README.md",
-        note="theirs sends layer input and projections to the host, ours computes them again; kernel blocks of 2048",
+        note="published: layer input and projections offloaded, kernel blocks of 2048; here: recomputed",
     ),
     Published(
         name="Llama-2-70B", topology="v6e-256", model=preset("llama2_70b").to_dict(), rows=2, length=4096,
@@ -119,7 +119,7 @@ PUBLISHED = (
     Published(
         name="52B", topology="v4-384", model=shape(12_288, 32_768, 32, 32, head_dim=256), rows=7, length=2048,
         remat="full", mfu=0.589, source=_MAXTEXT + "MaxText/configs/v4/README.md, 52b.sh",
-        note="their mlp is two matrices of width 49,152; ours three of 32,768",
+        note="published: mlp of two matrices of width 49,152; here: three of 32,768",
     ),
     Published(
         name="Llama-2-70B", topology="v5p-1024", model=preset("llama2_70b").to_dict(), rows=2, length=4096,
@@ -159,20 +159,20 @@ PUBLISHED = (
             rate=rate, source=_IRONWOOD, note=note,
         )
         for suffix, products, rate, note in (
-            ("", "", 499.8, "theirs keeps key and value and sends the mlp's output to the host too"),
+            ("", "", 499.8, "published: key and value kept, the mlp's output offloaded too"),
             (" fp8", "float8_per_tensor", 763.5, ""),
         )
     ),
     Published(
         name="Llama-3.1-70B 128k", topology="tpu7x-512", model=preset("llama3.1_70b").to_dict(), rows=0.25,
         length=131_072, remat="attention", sequence=8, blocks=(0, 4096), loss_chunk=16_384,
-        options=_SUMS, rate=963.0, source=_IRONWOOD, note="theirs keeps query, key, value and the mlp's output too",
+        options=_SUMS, rate=963.0, source=_IRONWOOD, note="published: query, key, value and the mlp's output kept too",
     ),
 )  # fmt: skip
 
 
 def record(row: Published) -> dict:
-    """Plans our step for one row."""
+    """Plans the step of one row."""
     from lemur_jax.plan import topologies
     from lemur_jax.plan.plan import GIB, plan
 
@@ -190,16 +190,16 @@ def record(row: Published) -> dict:
     }
     config = replace(RunConfig(model=DecoderConfig(**row.model)), options)
     made = plan(config, row.topology)
-    published, ours = (
+    published, estimated = (
         (row.rate, made.tokens_per_second_per_chip) if row.rate else (row.mfu, made.mfu_full_attention)
     )
-    difference = ours / published - 1 if ours else None
-    if ours is None:
+    difference = estimated / published - 1 if estimated else None
+    if estimated is None:
         print(f"{row.name:<19}{row.topology:<10} no estimate: {made.hbm_bytes_per_chip / GIB:.1f} GiB")
     else:
         unit = ",.0f" if row.rate else ".1%"
         print(
-            f"{row.name:<19}{row.topology:<10} published {published:{unit}}, ours {ours:{unit}} estimated,"
+            f"{row.name:<19}{row.topology:<10} published {published:{unit}}, estimated {estimated:{unit}},"
             f" {difference:+.0%}; {made.step_seconds:.2f} s; {row.source}"
         )
     keep = ("fits", "step_seconds", "tokens_per_second_per_chip", "mfu", "mfu_full_attention", "parts")
@@ -216,7 +216,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--only", default="", help="rows whose `slice model` begins so, e.g. v5p or 'v5e-256 16B'"
+        "--only", default="", help="rows whose `slice model` begins with this, e.g. v5p or 'v5e-256 16B'"
     )
     options = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -238,8 +238,8 @@ def _summary(name: str, errors: list[float]) -> str:
         return f"{name}: no row"
     sizes = statistics.mean(abs(error) for error in errors)
     return (
-        f"{name}: {len(errors)} rows, ours over published less one: mean {statistics.mean(errors):+.1%}, standard"
-        f" deviation {statistics.pstdev(errors):.1%}, mean size {sizes:.1%}, from {min(errors):+.1%} to"
+        f"{name}: {len(errors)} rows, estimated / published - 1: mean {statistics.mean(errors):+.1%}, standard"
+        f" deviation {statistics.pstdev(errors):.1%}, mean absolute {sizes:.1%}, from {min(errors):+.1%} to"
         f" {max(errors):+.1%}"
     )
 

@@ -1,12 +1,12 @@
-"""How long a save holds the step up, against the device-to-host copy alone and the whole write.
+"""Measures how long a save blocks training, compared with the device-to-host copy and the whole write.
 
     python benchmarks/checkpoint.py --preset llama2_7b --layers 1 --directory /tmp/checkpoint
 
-Saves a fresh training state `--rounds` times as `lemur train` does; medians. "copy" is the copy of the state to the
-host alone, "digests" those of all leaves with the check for finite values. "save" is how long `save` takes to return.
-What is still to be waited for behind it falls on the next update: "held" is `save` and that update, less an update
-without a save before it. Beginning a save takes some hundredths of a second whatever its size: for a small state
-(`--preset tiny`) that is most of it.
+Saves a fresh training state `--rounds` times as `lemur train` does, and prints medians: "copy" is the copy of the state
+to the host, "digests" the digests of all leaves with the check for finite values, "save" the time until `save`
+returns. Waiting that continues after `save` delays the next update, so "blocked" is `save` and the next update, less an
+update without a save. Starting a save takes some hundredths of a second, most of the time for a small state
+(`--preset tiny`).
 """
 
 import argparse
@@ -43,7 +43,7 @@ def main() -> None:
 
     layers = {"num_hidden_layers": options.layers} if options.layers else {}
     model = preset(options.preset, **layers)
-    # Nothing is trained on, but the step is checked as a whole.
+    # Nothing is trained, but the config is checked as a whole.
     config = replace(
         RunConfig(model=model), {"data.sequence_length": min(2048, model.max_position_embeddings)}
     )
@@ -78,13 +78,13 @@ def main() -> None:
             timed("save", lambda step=step: checkpoints.save(step, **trees, metadata=metadata))
             timed("update after", updated)
             timed("written after", checkpoints.wait)
-    held = zip(seconds["save"], seconds["update after"], seconds["update"], strict=True)
-    seconds["held"] = [save + after - alone for save, after, alone in held]
+    blocked = zip(seconds["save"], seconds["update after"], seconds["update"], strict=True)
+    seconds["blocked"] = [save + after - alone for save, after, alone in blocked]
     print(f"{options.preset}: {size / 1e9:.2f} GB of state, {jax.device_count()} device(s)")
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}  # the first compiles
     for name, value in medians.items():
         print(f"{name:14} {value:6.2f} s")
-    print(f"held / copy    {medians['held'] / medians['copy']:6.2f}")
+    print(f"blocked / copy {medians['blocked'] / medians['copy']:6.2f}")
     shutil.rmtree(options.directory)
 
 

@@ -1,9 +1,9 @@
-"""Import and export against `cp`: memory, throughput, bits.
+"""Measures import and export against `cp`: memory, throughput, bit-exactness.
 
-Makes a random Llama of any preset in Hugging Face's layout, imports it, exports it again and compares the
-files' tensors bit for bit; `cp` of the same directory runs in the same session. Peak memory is that of the
-whole `lemur` process, mapped file pages included. With `--load`, the directory is also read as `--checkpoint`
-reads it, straight onto eight virtual devices, which takes the model's own size in memory.
+Makes a random Llama of any preset in Hugging Face's format, imports it, exports it again and compares the tensors bit
+for bit; `cp` copies the same directory in the same run. Peak memory is that of the whole `lemur` process, including
+mapped file pages. With `--load`, the directory is also loaded onto eight virtual devices, as by `--checkpoint`, which
+needs memory for the whole model.
 
     python benchmarks/convert.py --preset llama2_7b --directory /tmp/convert
     python benchmarks/convert.py --preset llama2_70b --layers 4 --directory /tmp/convert
@@ -44,11 +44,11 @@ def make_model(directory: pathlib.Path, config, seed: int = 0) -> None:
 
 
 def timed(words: list[str]) -> tuple[float, float]:
-    """(seconds, peak GiB) of a command; what it wrote is on the disk when the clock stops."""
+    """(seconds, peak GiB) of a command; including the `sync` of what it wrote."""
     os.sync()
     started = time.perf_counter()
     process, peak = subprocess.Popen(words), 0
-    while process.poll() is None:  # the kernel's own figure would begin with ours, before exec
+    while process.poll() is None:  # the kernel's figure would include this process, before exec
         with contextlib.suppress(OSError, StopIteration):
             status = pathlib.Path(f"/proc/{process.pid}/status").read_text().splitlines()
             peak = max(peak, int(next(line for line in status if line.startswith("VmHWM")).split()[1]))
@@ -76,10 +76,10 @@ jax.block_until_ready(source.restore(abstract_params(source.model, make_mesh(par
 
 def same(left: pathlib.Path, right: pathlib.Path) -> bool:
     """Whether two directories hold the same tensors, bit for bit."""
-    ours, theirs = open_weights(left), open_weights(right)
-    return ours.keys() == theirs.keys() and all(
-        np.array_equal(ours[name].read().view(np.uint16), theirs[name].read().view(np.uint16))
-        for name in ours
+    first, second = open_weights(left), open_weights(right)
+    return first.keys() == second.keys() and all(
+        np.array_equal(first[name].read().view(np.uint16), second[name].read().view(np.uint16))
+        for name in first
     )
 
 
@@ -88,10 +88,8 @@ def main() -> None:
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--layers", type=int, default=0, help="default: the preset's")
     parser.add_argument("--directory", required=True, help="for the files; emptied before and after")
-    parser.add_argument(
-        "--keep", action="store_true", help="take the model that is there, and leave it there"
-    )
-    parser.add_argument("--load", action="store_true", help="measure reading onto devices, too")
+    parser.add_argument("--keep", action="store_true", help="reuse an existing model, and keep it")
+    parser.add_argument("--load", action="store_true", help="also measure loading onto devices")
     arguments = parser.parse_args()
     config = preset(arguments.preset, **({"num_hidden_layers": arguments.layers} if arguments.layers else {}))
     root = pathlib.Path(arguments.directory)
@@ -113,14 +111,14 @@ def main() -> None:
     ]
     rates = {}
     for name, words in jobs:
-        for path in (copy, checkpoint) if name == "cp again" else (copy,):  # never four of them on the disk
+        for path in (copy, checkpoint) if name == "cp again" else (copy,):  # at most three copies on the disk
             shutil.rmtree(path, ignore_errors=True)
         seconds, peak = timed(words)
         rates[name] = size / seconds / 1e9
         print(f"{name:10} {seconds:7.1f} s  {rates[name]:6.3f} GB/s  peak {peak:5.2f} GiB", flush=True)
     cp = max(rates["cp"], rates["cp again"])
     ratios = (f"{name} {rate / cp:.0%}" for name, rate in rates.items() if not name.startswith("cp"))
-    print("of the better cp:", ", ".join(ratios))
+    print("speed relative to the better cp:", ", ".join(ratios))
     print("bit-exact:", same(source, out))
     for path in results if arguments.keep else [root]:
         shutil.rmtree(path, ignore_errors=True)

@@ -1,10 +1,9 @@
-"""Reading: ready batches a second from a local store, peak memory, and the start at a late step.
+"""Measures the loader: batches per second from a local store, peak memory, and the time to start at a late step.
 
     python benchmarks/data.py
 
-Each case runs in a process of its own, on one CPU device. The stores hold made-up documents with log-normal
-lengths: code for `concat`, conversations for `fit`, and many very short documents. Memory must not grow with
-the number of documents.
+Each case runs in its own process, on one CPU device. The stores hold generated documents with log-normal lengths: code
+for `concat`, conversations for `fit`, and many very short documents. Memory must not grow with the number of documents.
 """
 
 import argparse
@@ -51,7 +50,7 @@ def write(path: str, shape: str, tokens: int) -> None:
         "tokenizer_digest": "",
         "added_tokens": {},
     }
-    # Ids of Zipf's law, as text has them: uniform ones would not compress, and cost more to read.
+    # Ids follow Zipf's law, as in text: uniform ids would not compress, and cost more to read.
     ids = rng.zipf(1.2, 1 << 22) % 32_000
     with StoreWriter(path, Manifest(vocab_size=32_000, has_loss_mask=masked, **fields)) as writer:
         for index, length in enumerate(lengths_of(shape, tokens).tolist()):
@@ -107,8 +106,8 @@ def read(path: str, shape: str, seconds: float, step: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--tokens", type=int, default=100_000_000, help="of each store")
-    parser.add_argument("--seconds", type=float, default=6.0, help="of reading, each case")
+    parser.add_argument("--tokens", type=int, default=100_000_000, help="tokens of each store")
+    parser.add_argument("--seconds", type=float, default=6.0, help="seconds of reading per case")
     parser.add_argument("--read", nargs=3, metavar=("PATH", "SHAPE", "STEP"), help=argparse.SUPPRESS)
     parser.add_argument("--pack", nargs=2, metavar=("PATH", "SHAPE"), help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Duplicates: bytes on disk, memory and time of finding them, for corpora of several sizes.
+"""Measures the search for duplicates in corpora of several sizes: disk, memory and time.
 
     python benchmarks/duplicates.py
 
-Fingerprints are made up: of every 20 documents one is an exact copy of an earlier one, and two have 85% of its
-MinHashes; one in 50 shares a band with all others of its kind, as documents with the same licence do. Making
-fingerprints is part of cleaning, which `benchmarks/prepare.py` measures. Each size runs in a process of its own.
+Fingerprints are generated: of every 20 documents one is an exact copy of an earlier one, and two have 85% of its
+MinHashes; one in 50 shares a band with many others, like documents with the same licence. Fingerprinting
+is part of cleaning, which `benchmarks/prepare.py` measures. Each size runs in its own process.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def write(folder: Path, documents: int, steps: str) -> None:
 
 
 def size(folder: Path) -> int:
-    """Bytes that the files in a folder take, those that vanish meanwhile apart."""
+    """Bytes of the files in a folder, without those that vanish meanwhile."""
     total = 0
     for file in folder.rglob("*"):
         try:
@@ -59,7 +59,7 @@ def size(folder: Path) -> int:
 
 
 def watch(folder: Path, peaks: dict[str, int], done: threading.Event) -> None:
-    """Notes the largest disk use (bytes) and memory without mapped files (KiB) so far."""
+    """Records the peak of disk use (bytes) and of memory without mapped files (KiB)."""
     while not done.wait(0.2):
         lines = Path("/proc/self/status").read_text().splitlines()
         memory = int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
@@ -81,8 +81,8 @@ def measure(documents: int, folder: Path) -> None:
     watching.join()
     removed = ", ".join(f"{np.count_nonzero(earlier >= 0):,} by {step}" for step, earlier in found.items())
     print(
-        f"{documents:>10,} documents: {documents / seconds:8,.0f} a second, {peaks['disk'] / documents:5.0f} bytes"
-        f" a document on disk, {peaks['memory'] >> 10:,} MiB of memory; removed {removed}",
+        f"{documents:>10,} documents: {documents / seconds:8,.0f} per second, {peaks['disk'] / documents:5.0f} bytes"
+        f" per document on disk, {peaks['memory'] >> 10:,} MiB of memory; removed {removed}",
         flush=True,
     )
 

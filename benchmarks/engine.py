@@ -1,13 +1,13 @@
-"""Continuous batching against one batch at a time: 64 requests of mixed length, in one run on the same machine.
+"""Compares continuous batching with one batch at a time: 64 requests of mixed length, in one run on the same machine.
 
     python benchmarks/engine.py
 
-Prompts have 4 to 200 tokens, answers 4 to 256, most of them short (geometric), as chats and agents ask. "batches" fills
-the rows, and fills them again when all of them have ended; "continuous" is the engine as it is. Tokens are compared.
-Each is timed `--rounds` times in turn, after a warm-up; medians and their ratio are printed.
+Prompts have 4 to 200 tokens, answers 4 to 256, most of them short (geometric). "batches" fills the rows again only when
+all of them have finished; "continuous" is the engine. Tokens are compared. The cases alternate `--rounds` times after a
+warm-up; medians and their ratio are printed.
 
-Then the second turn of as many conversations as there are rows, of 200 to 300 tokens that become 48 longer: on the
-engine that has their first turn ("kept"), and on one that has discarded it ("discarded").
+Then the second turn of as many conversations as there are rows, 200 to 300 tokens plus 48 new ones: with the first turn
+in the engine's cache ("kept"), and without ("discarded").
 """
 
 import argparse
@@ -66,7 +66,7 @@ def main() -> None:
         return time.perf_counter() - started, said
 
     def timed(size: int) -> tuple[float, list[list[int]]]:
-        engine.session = session  # no prompt of the round before is used
+        engine.session = session  # drops the cached prompts of the last round
         counted = zip(prompts, answers, strict=True)
         started = time.perf_counter()
         tokens = answer([Request(prompt=one, max_new_tokens=int(count)) for one, count in counted], size)
@@ -97,7 +97,7 @@ def random_model():
 def compare(cases: dict[str, Callable[[], tuple[float, list[list[int]]]]], rounds: int) -> None:
     """Prints median seconds and tokens/s of two cases, which alternate, and their ratio.
 
-    A case returns the seconds it took and the tokens of its answers.
+    A case returns its seconds and the tokens of its answers.
     """
     warm = [case()[1] for case in cases.values()]
     print(f"tokens equal: {warm[0] == warm[1]}")

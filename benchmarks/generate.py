@@ -1,10 +1,10 @@
-"""Prefill and decode against transformers.generate, in one run on the same machine.
+"""Compares prefill and decode with transformers.generate, in one run on the same machine.
 
     python benchmarks/generate.py --hf quickstart/hf/chat --checkpoint quickstart/runs/chat
 
-Greedy, float32, a batch of equal prompts; both sides generate the same number of tokens without stopping. Each is
-timed `--rounds` times in turn, after a warm-up of every shape; medians and their ratio are printed. Prefill is the
-time to the first token.
+Greedy, float32, a batch of equal prompts; both sides generate the same number of tokens without stopping. They
+alternate `--rounds` times, after a warm-up of every shape; medians and their ratio are printed. Prefill is the time to
+the first token.
 """
 
 import argparse
@@ -41,11 +41,11 @@ def main() -> None:
     rng = np.random.default_rng(0)
     prompts = rng.integers(3, session.model.vocab_size, (options.batch, options.prompt))
 
-    def ours(count: int) -> list[list[int]]:
+    def generate_lemur(count: int) -> list[list[int]]:
         found = generate(session, prompts.tolist(), max_new_tokens=count, stop_ids=())
         return [list(completion.tokens) for completion in found]
 
-    def theirs(count: int) -> list[list[int]]:
+    def generate_transformers(count: int) -> list[list[int]]:
         ids = torch.tensor(prompts)
         out = network.generate(
             ids,
@@ -57,25 +57,25 @@ def main() -> None:
         )
         return out[:, options.prompt :].tolist()
 
-    same = ours(options.new) == theirs(options.new)
+    same = generate_lemur(options.new) == generate_transformers(options.new)
     print(f"greedy tokens equal: {same}")
     seconds: dict[tuple[str, int], list[float]] = {}
     for count in (1, options.new):
-        ours(count)
-        theirs(count)
+        generate_lemur(count)
+        generate_transformers(count)
         for _ in range(options.rounds):
-            for name, run in (("ours", ours), ("transformers", theirs)):
+            for name, run in (("lemur_jax", generate_lemur), ("transformers", generate_transformers)):
                 started = time.perf_counter()
                 run(count)
                 seconds.setdefault((name, count), []).append(time.perf_counter() - started)
     speeds = {}
-    for name in ("ours", "transformers"):
+    for name in ("lemur_jax", "transformers"):
         first = statistics.median(seconds[name, 1])
         rest = statistics.median(seconds[name, options.new]) - first
         speeds[name] = (options.batch * options.prompt / first, options.batch * (options.new - 1) / rest)
         print(f"{name:>13}: prefill {speeds[name][0]:,.0f} tokens/s, decode {speeds[name][1]:,.0f} tokens/s")
-    prefill, decode = (a / b for a, b in zip(speeds["ours"], speeds["transformers"], strict=True))
-    print(f"ours is {prefill:.2f} × transformers in prefill, {decode:.2f} × in decode")
+    prefill, decode = (a / b for a, b in zip(speeds["lemur_jax"], speeds["transformers"], strict=True))
+    print(f"lemur_jax is {prefill:.2f} × transformers in prefill, {decode:.2f} × in decode")
 
 
 if __name__ == "__main__":

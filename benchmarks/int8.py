@@ -1,8 +1,8 @@
-"""What int8 weights cost: perplexity, memory and speed against float weights of the same checkpoint.
+"""Compares int8 with float weights of one checkpoint: perplexity, memory and speed.
 
     python benchmarks/int8.py --checkpoint quickstart/runs/chat --text FILE
 
-Perplexity a token over `--windows` windows of `--tokens` tokens.
+Perplexity per token over `--windows` windows of `--tokens` tokens.
 """
 
 import argparse
@@ -20,7 +20,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", required=True)
-    parser.add_argument("--text", required=True, help="a text that the model has not seen")
+    parser.add_argument("--text", required=True, help="a text outside the training data")
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--dtype", default="float32")

@@ -1,11 +1,11 @@
-"""Our model in lm-evaluation-harness against the harness's own `hf`, in one run on the same machine.
+"""Compares the model `lemur` of lm-evaluation-harness with the harness's `hf`, in one run on the same machine.
 
     python benchmarks/lm_eval_models.py --hf quickstart/hf/chat --checkpoint quickstart/runs/chat
 
-Three kinds of requests over Python's documentation, float32: `choice` (questions of ~300 tokens with four options of
-one token, as MMLU asks), `options` (continuations of several tokens), `generate` (greedy, 32 tokens). `hf` runs with
-each of `--batches`, and the best counts. The first call, which compiles, is told apart; then medians of `--rounds`.
-Both must give the same: the largest difference is printed.
+Three kinds of requests about Python's documentation, float32: `choice` (questions of ~300 tokens with four options of
+one token, as in MMLU), `options` (continuations of several tokens), `generate` (greedy, 32 tokens). `hf` runs with
+each of `--batches`; its best result counts. The first call, which compiles, is reported separately from the medians of
+`--rounds`. Results must agree: the largest difference is printed.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True)
     parser.add_argument("--hf", required=True, help="the same model as a Hugging Face directory")
     parser.add_argument(
-        "--documents", type=int, default=64, help="documents to make requests of, at most 150"
+        "--documents", type=int, default=64, help="documents to make requests from, at most 150"
     )
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--rounds", type=int, default=3)
@@ -45,10 +45,11 @@ def main() -> None:
             seconds[name], answers[name] = statistics.median(took for took, _ in rest), first[1]
             rate = len(requests) / seconds[name]
             print(f"{kind:>9}  {name:<12} {rate:8.1f} requests/s, first call {first[0]:6.2f} s", flush=True)
-        ours, best = seconds.pop("lemur"), min(seconds.values())
-        theirs = answers[f"hf, batch {options.batches[0]}"]
+        lemur, best = seconds.pop("lemur"), min(seconds.values())
+        expected = answers[f"hf, batch {options.batches[0]}"]
         print(
-            f"{kind:>9}  lemur is {best / ours:.2f} × hf; {difference(answers['lemur'], theirs)}", flush=True
+            f"{kind:>9}  lemur is {best / lemur:.2f} × hf; {difference(answers['lemur'], expected)}",
+            flush=True,
         )
 
 
@@ -60,7 +61,7 @@ def workload(documents: int) -> dict[str, list]:
     pieces = [text[index * 3000 :][: 900 + 300 * index // documents] for index in range(documents)]
     choice = [(piece + "\nAnswer:", f" {letter}") for piece in pieces for letter in "ABCD"]
     several = [(piece[:-40], piece[-40:][: 10 * n]) for piece in pieces for n in (1, 2, 3, 4)]
-    several = [pair for pair in several if pair[1].strip()]  # a continuation of spaces alone would be none
+    several = [pair for pair in several if pair[1].strip()]  # spaces alone are no continuation
     generate = [(piece, {"until": ["\n\n\n"], "max_gen_toks": 32, "do_sample": False}) for piece in pieces]
     kinds = {
         "choice": ("loglikelihood", choice),
@@ -79,10 +80,11 @@ def timed(run, requests) -> tuple[float, list]:
     return time.perf_counter() - started, found
 
 
-def difference(ours: list, theirs: list) -> str:
-    if isinstance(ours[0], str):
-        return f"{sum(a == b for a, b in zip(ours, theirs, strict=True))} of {len(ours)} texts equal"
-    return f"log-likelihoods differ by {max(abs(a[0] - b[0]) for a, b in zip(ours, theirs, strict=True)):.1e} at most"
+def difference(found: list, expected: list) -> str:
+    if isinstance(found[0], str):
+        return f"{sum(a == b for a, b in zip(found, expected, strict=True))} of {len(found)} texts equal"
+    largest = max(abs(a[0] - b[0]) for a, b in zip(found, expected, strict=True))
+    return f"log-likelihoods differ by at most {largest:.1e}"
 
 
 if __name__ == "__main__":

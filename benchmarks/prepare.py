@@ -1,10 +1,10 @@
-"""Preparing: megabytes a second of `prepare` against the bare tokenizer in as many processes.
+"""Compares the speed of `prepare` with the bare tokenizer in as many processes.
 
     python benchmarks/prepare.py
 
-The corpus is Python's standard library as JSON Lines, several times over; the tokenizer a SentencePiece
-BPE of 8,000 pieces trained on a part of it. Each case runs in a process of its own. Both sides include
-starting their workers; importing TensorFlow is left out.
+The corpus is several copies of Python's standard library as JSON Lines; the tokenizer is a SentencePiece BPE of 8,000
+pieces trained on a part of it. Each case runs in its own process. Both sides include the start of their workers, but
+not the import of TensorFlow.
 """
 
 import argparse
@@ -41,7 +41,7 @@ CLEANING = {
 
 
 def texts_of(copy: int) -> Iterator[str]:
-    """The standard library; copies differ by a line, not to be equal."""
+    """The files of the standard library; a first line makes copies differ."""
     for path in sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py")):
         if "site-packages" in path.parts:
             continue
@@ -51,7 +51,7 @@ def texts_of(copy: int) -> Iterator[str]:
 
 
 def write_corpus(folder: Path, copies: int) -> int:
-    """JSON Lines, one file a copy; returns the bytes of text in each."""
+    """Writes JSON Lines, one file per copy; returns the bytes of text in each."""
     folder.mkdir()
     for copy in range(copies):
         with (folder / f"{copy}.jsonl").open("w") as file:
@@ -69,7 +69,7 @@ def encode(texts: list[str]) -> int:
 
 
 def bare(root: Path, copies: int, workers: int) -> Callable[[], None]:
-    """Processes that do nothing but tokenize texts handed to them."""
+    """Tokenizes texts in processes that do nothing else."""
     chunks, chunk, size = [], [], 0
     for copy in range(copies):
         for text in texts_of(copy):
@@ -110,7 +110,7 @@ def used() -> float:
 
 
 def watch_workers(peaks: dict[int, int], done: threading.Event) -> None:
-    """Notes the largest resident memory (KiB) of each child process so far, again and again.
+    """Records the peak resident memory (KiB) of each child process.
 
     `ru_maxrss` of a child is at least what its parent had when it was started.
     """
@@ -123,7 +123,7 @@ def watch_workers(peaks: dict[int, int], done: threading.Event) -> None:
 
 
 def measure(case: str, root: Path, copies: int, workers: int, n_bytes: int) -> None:
-    """Runs a case and prints its speed, by time and by processor time, and its memory."""
+    """Runs a case and prints its speed, per second and per processor second, and its memory."""
     arguments = (root, copies, workers)
     run = bare(*arguments) if case == "bare" else prepared(*arguments, CLEANING if case == "cleaned" else {})
     peaks: dict[int, int] = {}
@@ -137,7 +137,7 @@ def measure(case: str, root: Path, copies: int, workers: int, n_bytes: int) -> N
     parent = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     print(
         f"{case:<8}{megabytes:4.0f} MB: {megabytes / seconds:5.2f} MB/s,"
-        f" {megabytes / processor:5.2f} MB a processor second;"
+        f" {megabytes / processor:5.2f} MB per processor second;"
         f" largest worker {max(peaks.values()) >> 10:,} MiB, parent {parent >> 10:,} MiB",
         flush=True,
     )
@@ -145,7 +145,9 @@ def measure(case: str, root: Path, copies: int, workers: int, n_bytes: int) -> N
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--copies", type=int, default=3, help="of the standard library, some 30 MB each")
+    parser.add_argument(
+        "--copies", type=int, default=3, help="copies of the standard library, some 30 MB each"
+    )
     parser.add_argument("--workers", type=int, default=available_cores())
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -158,8 +160,8 @@ def main() -> None:
         n_bytes = write_corpus(root / "corpus", args.copies)
         train_sentencepiece(itertools.islice(texts_of(0), 0, None, 10), root / "tokenizer", 8_000)
         print(f"{args.workers} workers", flush=True)
-        # The bare tokenizer before and after each: other work on the machine shows in the difference.
-        # One copy alone at the end: what memory grows with the corpus shows against all of them.
+        # The bare tokenizer runs before and after each case: the difference shows other load on the machine.
+        # A single copy at the end: compared with all of them, it shows memory that grows with the corpus.
         cases = [(case, args.copies) for case in ("bare", "plain", "bare", "cleaned", "bare")]
         for case, copies in cases + [("plain", 1), ("cleaned", 1)] * (args.copies > 1):
             words = ["--measure", case, temporary, str(copies), str(n_bytes)]

@@ -1,13 +1,13 @@
-"""Tuning on traces, DPO on pairs of traces, and RL in the lamp game, from one model with one number of episodes.
+"""Compares SFT on successful episodes, DPO on pairs of episodes, and RL in the lamp game, from one base model.
 
     lemur train --config configs/quickstart_rl.py:play --workdir quickstart/runs/play     # see docs/rl.md
     python benchmarks/rl_methods.py
     python benchmarks/rl_methods.py --controls 8 --updates 10
 
-The start plays as many episodes as RL samples. The successful ones are the data of SFT; pairs of a successful and a
-failed one of the same task those of DPO. All make `--updates` updates of `--rows` rows. Success is that of greedy play
-on 64 held-out tasks, and of 64 sampled episodes of training tasks. `--controls N` instead runs RL with shuffled rewards
-from N seeds. Writes quickstart/traces, quickstart/stores and quickstart/runs/methods.
+The base model plays as many episodes as RL samples. SFT trains on the successful ones, DPO on pairs of a successful
+and a failed one of the same task. Each method makes `--updates` updates of `--rows` rows. Success is measured on 64
+held-out tasks, greedy, and on 64 sampled episodes of training tasks. `--controls N` instead runs RL with shuffled
+rewards from N seeds. Writes quickstart/traces, quickstart/stores and quickstart/runs/methods.
 """
 
 import argparse
@@ -33,7 +33,7 @@ if __name__ != "__main__":  # `config.data.modules` names this file
 
 
 def play(checkpoint, groups, *, held_out=False, temperature=1.0, size=GROUP, seed=1):
-    """Groups of `size` episodes each; task after task."""
+    """Groups of `size` episodes, one group per task."""
     from lemur_jax.infer.engine import Engine
     from lemur_jax.infer.sampling import Sampling
     from lemur_jax.infer.session import load
@@ -56,14 +56,14 @@ def play(checkpoint, groups, *, held_out=False, temperature=1.0, size=GROUP, see
 
 
 def conversation(episode, tokenizer):
-    """The messages of an episode, read out of ChatML."""
+    """The messages of an episode, parsed from ChatML."""
     parts = tokenizer.decode(episode.ids, skip_special=False).split("<|im_start|>")[1:]
     said = [part.split("<|im_end|>")[0].partition("\n") for part in parts]
     return [{"role": role.strip(), "content": content.strip()} for role, _, content in said]
 
 
 def write_traces(start, episodes):
-    """Plays `episodes` episodes with the start; writes the successful ones, and pairs of one task, as JSON Lines."""
+    """Plays `episodes` episodes with the base model; writes successful ones, and pairs of one task, as JSON Lines."""
     played, tokenizer = play(start, episodes // GROUP)
     wins, pairs = [], []
     for group in range(0, len(played), GROUP):
@@ -78,7 +78,7 @@ def write_traces(start, episodes):
     for name, key, rows in (("wins", "messages", wins), ("pairs", "pair", pairs)):
         lines = [json.dumps({"id": f"{name}/{number}", key: row}) for number, row in enumerate(rows)]
         (TRACES / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    print(f"{len(played)} episodes of the start: {len(wins)} successful, {len(pairs)} pairs", flush=True)
+    print(f"{len(played)} episodes of the base model: {len(wins)} successful, {len(pairs)} pairs", flush=True)
 
 
 def tuning(start, options, method, learning_rate):
@@ -116,7 +116,7 @@ def reinforcement(start, options, seed, shuffle):
 
 
 def success(checkpoint):
-    """In %, greedy on held-out tasks and sampled on training tasks."""
+    """Success in %: greedy on held-out tasks, sampled on training tasks."""
     greedy, _ = play(checkpoint, 64, held_out=True, temperature=0.0, size=1)
     sampled, _ = play(checkpoint, 64, size=1, seed=0)
     return [100 * statistics.mean(one.solved for one in played) for played in (greedy, sampled)]
@@ -146,7 +146,7 @@ def main() -> None:
 
     runs = pathlib.Path("quickstart/runs/methods")
     print(f"{'success in %':<24}{'greedy':>8}{'sampled':>8}")
-    show("start", options.start)
+    show("base model", options.start)
     if options.controls:
         found = []
         for seed in range(1, options.controls + 1):

@@ -1,9 +1,9 @@
-"""Searches of ten minutes for the best layout, beside the best one known by hand.
+"""Compares searches of ten minutes with the best layout found by hand.
 
     python benchmarks/search.py [--minutes 10] [--only v5p]
 
-For each row the search of `lemur plan --search` begins with the config named, not with what is known by hand, and an
-empty cache. Both steps are estimates of the planner. A row takes both cores of a small machine: run nothing beside it.
+Each search of `lemur plan --search` begins with the config of its row, not with the layout found by hand, and an empty
+cache. All step times are estimates of the planner. A row uses two cores: run nothing else on a small machine.
 """
 
 import argparse
@@ -26,7 +26,7 @@ _LLAMA3 = {"data.sequence_length": 8192, "train.batch_rows": 256, "optimizer.mom
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """A config, the changes that state the task, and what was found by hand.
+    """A config, the changes that define the task, and the best layout found by hand.
 
     Attributes:
       config: a file in configs/, or a preset with a default config.
@@ -91,7 +91,7 @@ ROWS = (
 
 
 def record(row: Row, minutes: float) -> dict[str, Any]:
-    """What a search finds, and then the plan of the row's layout by hand."""
+    """The result of a search, and the plan of the layout found by hand."""
     from lemur_jax.plan.candidates import format_changes
     from lemur_jax.plan.plan import GIB, plan
     from lemur_jax.plan.search import search
@@ -115,7 +115,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--only", default="", help="rows whose `slice config` begins so, e.g. v5p")
+    parser.add_argument("--only", default="", help="rows whose `slice config` begins with this, e.g. v5p")
     options = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
     logging.basicConfig(format="%(message)s")

@@ -1,13 +1,13 @@
-"""One training step against transformers on torch, in one run on the same machine.
+"""Compares a training step with transformers on torch, in one run on the same machine.
 
     python benchmarks/train_step.py                 # CPU: 4 layers, width 256, T 512, batch 8, float32
     python benchmarks/train_step.py --preset llama3.2_1b --batch 4 --length 4096 --dtype bfloat16 --apart    # a GPU
     python benchmarks/train_step.py --preset llama2_7b --batch 2 --length 4096 --dtype bfloat16 --remat mlp --apart
 
-Both sides take the same batch through forward, backward, clipping and AdamW with float32 parameters and moments.
-Each is timed for `--rounds` rounds of `--steps` steps after a warm-up, in turn, or with `--apart` one after the other
-in a process of its own, so that each has the whole GPU; the medians and their ratio are printed, and with `--apart`
-the MFU of the fastest bfloat16 matmul that the machine is seen to do. On a GPU transformers runs under torch.compile
+Both sides run forward, backward, clipping and AdamW on the same batch with float32 parameters and moments, for
+`--rounds` rounds of `--steps` steps after a warm-up. They alternate, or with `--apart` each runs in its own process, so
+that it has the whole GPU. Prints medians and their ratio, and with `--apart` the MFU relative to the fastest bfloat16
+matmul measured on the machine. On a GPU transformers runs under torch.compile
 with SDPA. Llama-2-7B takes 16 bytes a parameter, 108 GB: `--layers 16` fits 80 GB. Needs torch and transformers.
 """
 
@@ -39,7 +39,7 @@ CPU_MODEL = dict(
 )
 
 
-def ours(model, batch_rows, length, dtype, remat, tokens):
+def lemur_steps(model, batch_rows, length, dtype, remat, tokens):
     """(function that makes a given number of steps, seconds from importing JAX to the end of the first step)."""
     started = time.perf_counter()
     import jax
@@ -77,8 +77,8 @@ def ours(model, batch_rows, length, dtype, remat, tokens):
     return run, time.perf_counter() - started
 
 
-def theirs(model, dtype, tokens):
-    """The same for transformers with SDPA; torch.compile on a GPU, where it pays."""
+def transformers_steps(model, dtype, tokens):
+    """The same for transformers with SDPA; torch.compile on a GPU only, where it helps."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -141,13 +141,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--remat", default="none")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--apart", action="store_true", help="one side after the other, and MFU")
+    parser.add_argument("--apart", action="store_true", help="each side in its own process, and MFU")
     parser.add_argument("--matmul", type=int, default=8192, help="side of the matrices of --apart's peak")
     parser.add_argument("--side", default="", choices=("", *SIDES), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
-SIDES = ("ours", "transformers")
+SIDES = ("lemur_jax", "transformers")
 
 
 def make(side: str, options: argparse.Namespace) -> tuple[Callable[[int], float], float]:
@@ -155,10 +155,10 @@ def make(side: str, options: argparse.Namespace) -> tuple[Callable[[int], float]
     model = model_of(options)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, model.vocab_size, (options.batch, options.length + 1)).astype(np.int32)
-    if side == "ours":
-        return ours(model, options.batch, options.length, options.dtype, options.remat, tokens)
+    if side == "lemur_jax":
+        return lemur_steps(model, options.batch, options.length, options.dtype, options.remat, tokens)
     started = time.perf_counter()
-    return theirs(model, options.dtype, tokens), time.perf_counter() - started
+    return transformers_steps(model, options.dtype, tokens), time.perf_counter() - started
 
 
 def model_of(options: argparse.Namespace):
@@ -169,21 +169,21 @@ def model_of(options: argparse.Namespace):
 
 
 def timed(run: Callable[[int], float], steps: int) -> float:
-    """Seconds a step."""
+    """Seconds per step."""
     started = time.perf_counter()
     run(steps)
     return (time.perf_counter() - started) / steps
 
 
 def alone(options: argparse.Namespace) -> dict:
-    """What one side takes when it has the machine to itself."""
+    """Results of one side in a process of its own."""
     run, first = make(options.side, options)
     found = {
         "first": first,
         "seconds": [timed(run, options.steps) for _ in range(options.rounds)],
         "loss": run(1),
     }
-    return found | ({"peak": matmul_peak(options.matmul)} if options.side == "ours" else {})
+    return found | ({"peak": matmul_peak(options.matmul)} if options.side == "lemur_jax" else {})
 
 
 def in_turn(options: argparse.Namespace) -> dict[str, dict]:
@@ -212,16 +212,18 @@ def report(options: argparse.Namespace, found: dict[str, dict]) -> None:
     for side in SIDES:
         seconds = found[side]["seconds"]
         rate = tokens / statistics.median(seconds)
-        line = f"{side:>13}: {statistics.median(seconds):.3f} s a step ({min(seconds):.3f} to {max(seconds):.3f}),"
+        line = f"{side:>13}: {statistics.median(seconds):.3f} s per step ({min(seconds):.3f} to {max(seconds):.3f}),"
         line += f" {rate:,.0f} tokens/s, loss {found[side]['loss']:.3f}"
         if options.apart:
             work = flops_per_token(model_of(options), options.length, causal=True).total * rate
-            line += f", {work / found['ours']['peak']:.1%} of the measured matmul peak"
+            line += f", {work / found['lemur_jax']['peak']:.1%} of the measured matmul peak"
         print(line)
-    ratios = [b / a for a, b in zip(found["ours"]["seconds"], found["transformers"]["seconds"], strict=True)]
+    ratios = [
+        b / a for a, b in zip(found["lemur_jax"]["seconds"], found["transformers"]["seconds"], strict=True)
+    ]
     print(
-        f"ours is {statistics.median(ratios):.2f} × transformers' speed; importing to first step done took"
-        f" {found['ours']['first']:.1f} s"
+        f"lemur_jax has {statistics.median(ratios):.2f} × transformers' speed; from import to the end of the first"
+        f" step: {found['lemur_jax']['first']:.1f} s"
     )
 
 
