@@ -79,11 +79,11 @@ class Projection:
           x: [B, T, D].
           products: (einsum, weight) pairs, e.g. ("BTD,DF->BTF", gate).
         """
-        return self._products(self.gather(x), products, self._reduction(), narrow=self.product_dtype)
+        return self._products(self.gather(x), products, self._reduction(), rounding=self.product_dtype)
 
     def write(self, equation: str, x: jax.Array, weight: nnx.Param) -> jax.Array:
         """A product whose result [B, T, D] is added to the residual stream."""
-        (y,) = self._products(x, [(equation, weight)], self._reduction(), narrow=self.product_dtype)
+        (y,) = self._products(x, [(equation, weight)], self._reduction(), rounding=self.product_dtype)
         return constrain(y, self.mesh, "batch", "residual_length", "width")
 
     def embed(self, tokens: jax.Array, table: nnx.Param) -> jax.Array:
@@ -140,10 +140,10 @@ class Projection:
         by_hand = exchange or dtype != self.dtype or bool(self.product_dtype) or not self.on_tpu
         return Reduction(dtype, exchange) if by_hand else None
 
-    def _products(self, x, products, reduction: Reduction | None, dtype: str | None = None, narrow: str = ""):
-        narrow = narrow if reduction else ""  # rounding has no gradient but the one written here
+    def _products(self, x, products, reduction: Reduction | None, dtype=None, rounding: str = ""):
+        rounding = rounding if reduction else ""  # rounding has no gradient but the one written here
         einsums = tuple(
-            Product(equation, tuple(weight.axes), self.mesh, reduction, dtype, narrow)
+            Product(equation, tuple(weight.axes), self.mesh, reduction, dtype, rounding)
             for equation, weight in products
         )
         values = tuple(weight.get_value() for _, weight in products)
@@ -243,7 +243,7 @@ class Product:
     mesh: Mesh | None
     reduction: Reduction | None  # of the weight's gradient; None: not needed
     dtype: str | None = None  # of the result; None: that of the activations
-    narrow: str = ""  # a name in `ROUNDINGS`: both factors of each product are rounded
+    rounding: str = ""  # a name in `ROUNDINGS`: both factors of each product are rounded
 
     def __call__(self, x: jax.Array, weight: Any) -> jax.Array:
         left, _, result = self._letters()
@@ -260,12 +260,12 @@ class Product:
         """
         _, right, _ = self._letters()
         equation = f"{letters},{right}->{result}"
-        if not self.narrow:
+        if not self.rounding:
             return einsum(equation, x, gather_weight(weight, self.axes, self.mesh, x.dtype), dtype=dtype)
-        rounding = ROUNDINGS[self.narrow]
-        kept = "" if rounding.per_tensor else result
-        rounded = rounded_factor(weight.astype(x.dtype), right, kept, rounding.dtype)
-        factors = rounded_factor(x, letters, kept, rounding[kind]), _gather(rounded, self.axes, self.mesh)
+        dtypes = ROUNDINGS[self.rounding]
+        kept = "" if dtypes.per_tensor else result
+        rounded = rounded_factor(weight.astype(x.dtype), right, kept, dtypes.dtype)
+        factors = rounded_factor(x, letters, kept, dtypes[kind]), _gather(rounded, self.axes, self.mesh)
         return einsum(equation, *factors, dtype=x.dtype)
 
     def low_rank(self, x: jax.Array, weight: Adapted) -> jax.Array:
@@ -302,7 +302,7 @@ class Product:
 
     def _reduce(self, x: jax.Array, upstream: jax.Array, dtype: str) -> jax.Array:
         left, right, result = self._letters()
-        if self.narrow:
+        if self.rounding:
             return self._outer(left, x, result, upstream, right, dtype)
         factors = sorted([(x, left), (upstream, result)], key=lambda factor: factor[0].size)
         (small, first), (large, second) = factors
@@ -330,8 +330,8 @@ class Product:
     ) -> jax.Array:
         """The product of activations with the gradient of the result, whose positions are summed."""
         factors: tuple[Any, ...] = x, upstream
-        if self.narrow:
-            forward, backward, per_tensor = ROUNDINGS[self.narrow]
+        if self.rounding:
+            forward, backward, per_tensor = ROUNDINGS[self.rounding]
             kept = "" if per_tensor else result
             factors = rounded_factor(x, left, kept, forward), rounded_factor(upstream, above, kept, backward)
         return einsum(f"{left},{above}->{result}", *factors, dtype=dtype)

@@ -139,10 +139,10 @@ def rounded(x, letters, kept, dtype):
     return nearest(np.asarray(x, np.float32) / scale).astype(np.float64) * scale
 
 
-@pytest.mark.parametrize("narrow", ROUNDINGS)
+@pytest.mark.parametrize("rounding", ROUNDINGS)
 @pytest.mark.parametrize(("equation", "axes", "weight_shape", "x_shape"), CASES)
-def test_narrow_products_equal_those_of_rounded_factors(equation, axes, weight_shape, x_shape, narrow):
-    forward, backward, per_tensor = ROUNDINGS[narrow]
+def test_narrow_products_equal_those_of_rounded_factors(equation, axes, weight_shape, x_shape, rounding):
+    forward, backward, per_tensor = ROUNDINGS[rounding]
     rng = np.random.default_rng(0)
     # No negative number is the largest of a row: in int8 that lies between -127 and -128.
     x, weight = (
@@ -168,7 +168,7 @@ def test_narrow_products_equal_those_of_rounded_factors(equation, axes, weight_s
 
     mesh = mesh_of("data=2,fsdp=2,tensor=2")
     for exchange in (False, True):
-        one = Product(equation, axes, mesh, Reduction("float32", exchange), None, narrow)
+        one = Product(equation, axes, mesh, Reduction("float32", exchange), None, rounding)
         found, back = jax.vjp(
             jax.jit(lambda x, w, one=one: sharded_products((one,), x, (w,))[0]),
             jnp.asarray(x),
