@@ -107,6 +107,8 @@ def steps_in(path: epath.PathLike) -> tuple[epath.Path, list[int]]:
     steps = sorted(open_manager(directory).all_steps())
     if not steps:
         hint = f": name {directory.parent} and --step {directory.name}" if directory.name.isdigit() else ""
+        if any(directory.glob("*.safetensors")) or any(directory.glob("pytorch_model*.bin")):
+            hint = ": it holds Hugging Face weights, which lemur import-hf makes a checkpoint of"
         raise UserError(f"no finished checkpoint in {directory}{hint}")
     return directory, steps
 

@@ -180,7 +180,7 @@ def _window(family: Family, raw: Raw, where: str) -> tuple[int, int]:
         raise UserError(
             f"{where}: layer_types is {kinds!r:.100}; models of type {family.model_type} do not have it here"
         )
-    if SLIDING not in kinds or (window is None and raw.get("use_sliding_window") is False):
+    if SLIDING not in kinds:
         return 0, 0
     window = number(window, int, "sliding_window", where)
     return window, _period([kind == FULL for kind in kinds], "layer_types", where)

@@ -72,16 +72,15 @@ def read_peft(options: AdapterConfig, model: DecoderConfig, dtype: str) -> Param
     if not (directory / WEIGHTS).exists():
         raise UserError(f"config.adapter.checkpoint {directory} has no {WEIGHTS}: it is no PEFT adapter")
     stored = read_json(directory / ADAPTER_CONFIG)
-    wants, single = "config.adapter wants", "one rank and one alpha are possible"
+    wants, other = "config.adapter wants", "only plain LoRA of one rank and one alpha is possible"
+    empty = "rank_pattern", "alpha_pattern", "use_dora", "modules_to_save", "alora_invocation_tokens"
     for key, accepted, reason in (
         ("r", stored.get("r") == options.rank, f"{wants} rank {options.rank}"),
         ("lora_alpha", stored.get("lora_alpha") == options.alpha, f"{wants} alpha {options.alpha}"),
         ("use_rslora", stored.get("use_rslora", False) == options.rslora, f"{wants} rslora {options.rslora}"),
-        ("rank_pattern", not stored.get("rank_pattern"), single),
-        ("alpha_pattern", not stored.get("alpha_pattern"), single),
-        ("alora_invocation_tokens", not stored.get("alora_invocation_tokens"), "it is for a part of each text"),
         ("init_lora_weights", stored.get("init_lora_weights") in _KEEP_BASE,
          "peft changes the base with it: save the adapter with path_initial_model_for_weight_conversion"),
+        *((key, not stored.get(key), other) for key in empty),
     ):  # fmt: skip
         if not accepted:
             raise UserError(f"{directory / ADAPTER_CONFIG} has {key} {stored.get(key)!r:.100}: {reason}")
@@ -91,7 +90,8 @@ def read_peft(options: AdapterConfig, model: DecoderConfig, dtype: str) -> Param
     expected = {
         name: _matrix_shape(path, abstract[path].shape) for path, each in names.items() for name in each
     }
-    check_shapes(expected, {name: tensor.shape for name, tensor in tensors.items()}, f"{directory}: tensor")
+    where = f"{directory} for config.adapter.targets {', '.join(options.targets)}: tensor"
+    check_shapes(expected, {name: tensor.shape for name, tensor in tensors.items()}, where)
     flat = {}
     for path, each in names.items():
         array = np.stack([tensors[name].read().astype(numpy_dtype(dtype)).T for name in each])

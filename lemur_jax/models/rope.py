@@ -61,7 +61,7 @@ def _yarn_ramp(config: DecoderConfig) -> np.ndarray:
     low = max(math.floor(pair_index(config.rope_beta_fast)), 0)
     high = min(math.ceil(pair_index(config.rope_beta_slow)), config.head_dim - 1)
     pairs = np.arange(config.head_dim // 2, dtype=np.float32)
-    return np.clip((pairs - low) / np.float32(max(high - low, 0.001)), 0, 1)
+    return np.clip((pairs - low) / np.float32(high - low or 0.001), 0, 1)
 
 
 def angles_by_layer(

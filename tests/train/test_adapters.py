@@ -234,6 +234,7 @@ def test_peft_trains_the_same_and_reads_what_is_exported(base, run, checkpoint, 
     for key, value in (
         *(("r", 8), ("alpha_pattern", {"q_proj": 2}), ("rank_pattern", {"q_proj": 2})),
         *(("init_lora_weights", "pissa"), ("alora_invocation_tokens", [5])),
+        *(("use_dora", True), ("modules_to_save", ["lm_head"])),
     ):
         (tmp_path / "theirs" / "adapter_config.json").write_text(json.dumps({**described, key: value}))
         with pytest.raises(UserError, match=f"has {key} "):
