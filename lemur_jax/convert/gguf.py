@@ -2,34 +2,17 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
 from lemur_jax.common.errors import UserError
-from lemur_jax.convert import layout
 from lemur_jax.convert.families import number
 from lemur_jax.convert.safetensors import brief
 from lemur_jax.text.gguf_files import metadata, open_gguf
 
-_LAYER = "model.layers.{layer}."
-# llama.cpp's names of tensors, without `.weight`, to Hugging Face's.
-_NAMES = {
-    "token_embd": layout.EMBEDDING,
-    "output_norm": "model.norm.weight",
-    "output": layout.HEAD,
-    "attn_norm": _LAYER + "input_layernorm.weight",
-    "attn_q": _LAYER + "self_attn.q_proj.weight",
-    "attn_k": _LAYER + "self_attn.k_proj.weight",
-    "attn_v": _LAYER + "self_attn.v_proj.weight",
-    "attn_output": _LAYER + "self_attn.o_proj.weight",
-    "ffn_norm": _LAYER + "post_attention_layernorm.weight",
-    "ffn_gate": _LAYER + "mlp.gate_proj.weight",
-    "ffn_up": _LAYER + "mlp.up_proj.weight",
-    "ffn_down": _LAYER + "mlp.down_proj.weight",
-}
 # Keys of the metadata under the architecture's name, to those of `config.json`.
 _KEYS = {
     "embedding_length": "hidden_size",
@@ -50,24 +33,15 @@ class Architecture:
     """What is specific to the files of one `general.architecture`."""
 
     model_type: str  # of transformers
-    names: Mapping[str, str]  # of tensors, as `_NAMES`
     keys: Mapping[str, str]  # as `_KEYS`
     interleaved: bool  # whether channels 2i and 2i + 1 of a head are rotated together
     norm_offset: float = 0.0  # added to the scales of norms in the file
 
 
 ARCHITECTURES = {
-    "llama": Architecture(model_type="llama", names=_NAMES, keys=_KEYS, interleaved=True),
+    "llama": Architecture(model_type="llama", keys=_KEYS, interleaved=True),
     "gemma3": Architecture(
         model_type="gemma3_text",
-        names={
-            **_NAMES,
-            "attn_q_norm": _LAYER + "self_attn.q_norm.weight",
-            "attn_k_norm": _LAYER + "self_attn.k_norm.weight",
-            "post_attention_norm": _LAYER + "post_attention_layernorm.weight",
-            "ffn_norm": _LAYER + "pre_feedforward_layernorm.weight",
-            "post_ffw_norm": _LAYER + "post_feedforward_layernorm.weight",
-        },
         keys={**_KEYS, "attention.sliding_window": "sliding_window"},
         interleaved=False,
         norm_offset=1.0,
@@ -167,31 +141,32 @@ def _architecture(path: epath.PathLike) -> tuple[str, Architecture]:
     return kind, ARCHITECTURES[kind]
 
 
-def open_weights(path: epath.PathLike) -> dict[str, GgufTensor]:
-    """The tensors of a GGUF file by Hugging Face names; UserError for a quantization that `gguf` cannot undo."""
+def open_weights(path: epath.PathLike, expected: Iterable[str]) -> dict[str, GgufTensor]:
+    """The tensors of a GGUF file by Hugging Face names, those of `expected` that llama.cpp has a name for.
+
+    Raises UserError: a quantization that `gguf` cannot undo.
+    """
     import gguf
 
-    config, (_, architecture) = read_config(path), _architecture(path)
-    names, heads = architecture.names, {}
+    config, (kind, architecture) = read_config(path), _architecture(path)
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[kind.upper()], config["num_hidden_layers"])
+    names = {table.get_name(name, (".weight",)): name for name in expected}
+    heads = {}
     if architecture.interleaved:
         heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     tensors = {}
     for tensor in open_gguf(path).tensors:
-        block, _, rest = tensor.name.rpartition("blk.")[2].partition(".")
-        layer, kind = (block, rest) if tensor.name.startswith("blk.") else ("", tensor.name)
-        kind = kind.removesuffix(".weight")
         try:
             gguf.quants.dequantize(tensor.data[:1], tensor.tensor_type)
         except NotImplementedError as error:
             raise UserError(f"{path}: tensor {brief(tensor.name)}: {error} in the library gguf") from error
-        is_mapped = kind in names and tensor.name.endswith(".weight")
-        name = names[kind].format(layer=layer) if is_mapped else tensor.name
+        name = names.get(tensor.name, tensor.name)
         tensors[name] = GgufTensor(
             name=brief(name),
             path=epath.Path(os.fspath(path)),
             shape=tuple(int(size) for size in reversed(tensor.shape)),
-            heads=heads.get(kind, 0),
-            offset=architecture.norm_offset if kind.endswith("norm") else 0.0,
+            heads=heads.get(tensor.name.removesuffix(".weight").rpartition(".")[2], 0),
+            offset=architecture.norm_offset if name.endswith("norm.weight") else 0.0,
             quantization=tensor.tensor_type,
             data=tensor.data,
         )

@@ -13,7 +13,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.common.paths import recovery_hint
 from lemur_jax.convert import gguf, layout
 from lemur_jax.convert.dtypes import DTYPES
-from lemur_jax.convert.hf_config import ADAPTER_CONFIG, read_json
+from lemur_jax.convert.hf_config import ADAPTER_CONFIG, read_config, read_json
 from lemur_jax.convert.safetensors import StoredTensor, brief, read_header
 from lemur_jax.models.config import DecoderConfig
 from lemur_jax.text.gguf_files import is_gguf
@@ -71,7 +71,8 @@ def open_weights(hf_dir: epath.PathLike) -> dict[str, Tensor]:
     `pytorch_model.bin`, which needs torch. Raises UserError without weights that can be read.
     """
     if is_gguf(hf_dir):
-        return dict(gguf.open_weights(hf_dir))
+        expected = (name for weight in layout.weights(read_config(hf_dir)) for name in weight.names)
+        return dict(gguf.open_weights(hf_dir, expected))
     for single, index in _weight_files(hf_dir):
         read_file: Any = read_header if single.suffix == ".safetensors" else _read_bin
         if single.exists():

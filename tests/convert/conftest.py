@@ -12,21 +12,6 @@ import transformers
 from lemur_jax.convert.import_hf import import_hf
 from lemur_jax.text.tokenizer_files import train_sentencepiece
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500_000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 256,
-}
-
-VARIANTS = {
-    "mha": {"num_key_value_heads": 4},
-    "gqa tied llama3": {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
-    "mqa wide heads": {"num_key_value_heads": 1, "head_dim": 24},
-}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HfModel:
@@ -59,7 +44,7 @@ def _make_model(
     }
     config = getattr(transformers, f"{kind}Config")(**(shape | changes))
     torch.manual_seed(0)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -85,12 +70,6 @@ def checkpoint(hf_model, tmp_path):
     """An imported model without a tokenizer."""
     import_hf(hf_model.path, tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
-
-
-@pytest.fixture(params=VARIANTS)
-def variant(request):
-    """Changes to the configuration: each kind of attention, head and rotary embedding."""
-    return VARIANTS[request.param]
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ from transformers import AutoTokenizer
 
 from lemur_jax.cluster import hosts
 from lemur_jax.common.errors import UserError
-from lemur_jax.convert.gguf import _NAMES, open_weights
 from lemur_jax.convert.hf_config import read_config
+from lemur_jax.convert.hf_weights import open_weights
 from lemur_jax.convert.import_hf import import_hf, load_hf_params
 from lemur_jax.convert.source import open_source
 from lemur_jax.text.tokenizer import Tokenizer
@@ -30,8 +30,10 @@ def interleaved(tensor, heads):
 
 
 def write(path, model, kind="F32", **changes):
-    """A Llama of transformers as a GGUF file; `changes` of the metadata, None leaves a key out."""
-    writer, config, state = gguf.GGUFWriter(str(path), "llama"), model.model.config, model.state()
+    """A model of transformers as a GGUF file; `changes` of the metadata, None leaves a key out."""
+    config, state = model.model.config, model.state()
+    family = config.model_type.removesuffix("_text")
+    writer = gguf.GGUFWriter(str(path), family)
     data = {
         "embedding_length": config.hidden_size,
         "feed_forward_length": config.intermediate_size,
@@ -44,20 +46,23 @@ def write(path, model, kind="F32", **changes):
     for key, value in (data | changes).items():
         if value is not None:
             add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
-            add(f"llama.{key}", value)
+            add(f"{family}.{key}", value)
     quantization = gguf.GGMLQuantizationType[kind]
-    for name, target in _NAMES.items():
-        for layer in range(config.num_hidden_layers if "{layer}" in target else 1):
-            if target == "lm_head.weight":
-                continue
-            tensor = state[target.format(layer=layer)].numpy()
-            heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(name)
-            tensor = interleaved(tensor, heads) if heads else tensor
-            ours = f"blk.{layer}.{name}.weight" if "{layer}" in target else f"{name}.weight"
-            if tensor.ndim == 1 or tensor.shape[-1] % 32 or kind == "F32":
-                writer.add_tensor(ours, np.ascontiguousarray(tensor))
-            else:
-                writer.add_tensor(ours, gguf.quants.quantize(tensor, quantization), raw_dtype=quantization)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.upper()], config.num_hidden_layers)
+    rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in state.items():
+        if name == "lm_head.weight":
+            continue
+        tensor, heads = tensor.numpy(), rotated.get(name.split(".")[-2])
+        if family == "gemma3":  # as llama.cpp's converter
+            tensor = tensor + 1 if "norm" in name else tensor
+        elif heads:
+            tensor = interleaved(tensor, heads)
+        ours = names.get_name(name, (".weight",))
+        if tensor.ndim == 1 or tensor.shape[-1] % 32 or kind == "F32":
+            writer.add_tensor(ours, np.ascontiguousarray(tensor))
+        else:
+            writer.add_tensor(ours, gguf.quants.quantize(tensor, quantization), raw_dtype=quantization)
     finish(writer)
     return path
 
@@ -69,20 +74,35 @@ def finish(writer):
     writer.close()
 
 
+def assert_same(file, model, largest):
+    """The configs are equal; weights differ by at most `largest` of the largest."""
+    (config, params), (expected_config, expected) = map(load_hf_params, (file, model.path))
+    assert config == expected_config
+    for ours, theirs in zip(*map(jax.tree.leaves, (params, expected)), strict=True):
+        assert np.abs(ours - theirs).max() <= largest * np.abs(theirs).max()
+
+
 @pytest.mark.parametrize(
     ("kind", "largest"),
     [("F32", 0), ("F16", 1e-3), ("BF16", 1e-2), ("Q8_0", 1e-2), ("Q4_1", 0.1), ("Q5_0", 0.1)],
 )
 def test_weights_are_those_of_the_directory(make_model, tmp_path, kind, largest):
     model = make_model(**SHAPE)
-    config, params = load_hf_params(write(tmp_path / "model.gguf", model, kind))
-    expected_config, expected = load_hf_params(model.path)
-    assert config == expected_config
-    for ours, theirs in zip(*map(jax.tree.leaves, (params, expected)), strict=True):
-        assert np.abs(ours - theirs).max() <= largest * np.abs(theirs).max()
+    assert_same(write(tmp_path / "model.gguf", model, kind), model, largest)
     for tensor in open_weights(tmp_path / "model.gguf").values():
         if len(tensor.shape) == 2 and not tensor.heads:
             np.testing.assert_array_equal(tensor.rows("part", 5, 7).read(), tensor.read()[5:7])
+
+
+@pytest.mark.parametrize(("width", "scale"), [(256, 256), (12, 8)])  # (12, 32 / 4): the rule of the 27B model
+def test_gemma(make_model, tmp_path, width, scale):
+    rope = {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}
+    rope["full_attention"] = {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}
+    shape = dict(head_dim=width, query_pre_attn_scalar=scale, num_hidden_layers=6, sliding_window=40)
+    model = make_model(kind="Gemma3Text", rope_parameters=rope, pad_token_id=0, **shape, **SHAPE)
+    data = {"attention.key_length": width, "attention.value_length": width, "attention.sliding_window": 40}
+    data |= {"rope.freq_base": 1e6, "rope.scaling.type": "linear", "rope.scaling.factor": 8.0}
+    assert_same(write(tmp_path / "model.gguf", model, **data), model, 1e-6)
 
 
 def test_hosts_tell_files_of_one_shape_apart(make_model, tmp_path, monkeypatch):
