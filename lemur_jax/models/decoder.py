@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
@@ -310,13 +310,10 @@ def abstract_params(config: DecoderConfig, dtype: str = "float32", mesh: Mesh | 
 
 def logical_axes(config: DecoderConfig) -> dict[str, Any]:
     """The parameter tree with a tuple of logical axis names at each leaf."""
-    axes: dict[str, Any] = {}
-    for path, param in nnx.to_flat_state(_abstract(config, Compute())[1]):
-        node = axes
-        for key in path[:-1]:
-            node = node.setdefault(str(key), {})
-        node[str(path[-1])] = (("layers",) if path[0] == "layers" else ()) + tuple(param.axes)
-    return axes
+    state = nnx.to_flat_state(_abstract(config, Compute())[1])
+    lead = {"layers": ("layers",)}
+    axes = {tuple(map(str, path)): lead.get(path[0], ()) + tuple(param.axes) for path, param in state}
+    return unflatten_dict(axes)
 
 
 def init_params(config: DecoderConfig, key: jax.Array, dtype: str = "float32") -> Params:
