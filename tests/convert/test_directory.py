@@ -61,10 +61,13 @@ def test_one_process_at_a_time_writes_a_target(tmp_path):
             pass
         assert (tmp_path / ".out.partial" / "file").exists()
         other.kill()
-    with directory.atomic_directory(epath.Path(target)) as part:
-        (part / "mine").touch()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert [path.name for path in target.iterdir()] == ["mine"]
+    for name in ("first", "second"):  # which replaces the first
+        (tmp_path / ".out.old").mkdir()
+        (tmp_path / ".out.old" / "file").touch()
+        with directory.atomic_directory(epath.Path(target)) as part:
+            (part / name).touch()
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        assert [path.name for path in target.iterdir()] == [name]
 
 
 @pytest.mark.slow

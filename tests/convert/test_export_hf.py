@@ -28,6 +28,15 @@ from lemur_jax.text.chat_template import CHATML_TOKENS
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.text.tokenizer_files import extend
 
+LLAMA3 = {
+    **{"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0},
+    **{"high_freq_factor": 4.0, "original_max_position_embeddings": 256},
+}
+VARIANTS = {
+    "mha": {"num_key_value_heads": 4},
+    "gqa tied llama3": {"num_key_value_heads": 2, "tie_word_embeddings": True, "rope_parameters": LLAMA3},
+    "mqa wide heads": {"num_key_value_heads": 1, "head_dim": 24},
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -42,9 +51,10 @@ def read_file(directory):
     return state
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize(("dtype", "imported"), [*zip(DTYPES, DTYPES, strict=True), ("bfloat16", "float32")])
 def test_import_then_export_is_bit_exact(make_model, variant, tmp_path, dtype, imported):
-    hf = make_model(DTYPES[dtype], **variant)
+    hf = make_model(DTYPES[dtype], **VARIANTS[variant])
     import_hf(hf.path, tmp_path / "checkpoint", dtype=imported)
     export_hf(tmp_path / "checkpoint", tmp_path / "out", dtype=dtype)
     # The files: the same tensors as transformers wrote.
@@ -144,18 +154,23 @@ def test_base_model_directory(export_with, tokenizer_dir):
     assert "ChatML" not in card
 
 
-def test_chat_model_directory(export_with, tmp_path, tokenizer_dir):
+CHATML = "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(("template", "text"), [("", CHATML), ("{{ messages[0]['content'] }}", " hello ")])
+def test_chat_model_directory(export_with, tmp_path, tokenizer_dir, template, text):
+    """Without a template of its own it gets ChatML's."""
     tokenizer = extend(tokenizer_dir, tmp_path / "chat", CHATML_TOKENS)
     end = tokenizer.added_tokens["<|im_end|>"]
-    (tmp_path / "chat" / "chat_template.jinja").unlink()  # the export supplies it
+    file = tmp_path / "chat" / "chat_template.jinja"
+    file.write_text(template) if template else file.unlink()
     out = export_with(tmp_path / "chat", 405)
     generation = transformers.GenerationConfig.from_pretrained(out)
     assert generation.eos_token_id == [end, 2]
     assert generation.pad_token_id == tokenizer.added_tokens["<pad>"]
     theirs = transformers.AutoTokenizer.from_pretrained(out)
     messages = [{"role": "user", "content": " hello "}]
-    rendered = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert rendered == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
+    assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == text
     # The model's only answer is <|im_end|>: transformers stops there by the files alone.
     model = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     model.lm_head.forward = lambda x: torch.eye(405)[end].expand(1, x.shape[1], 405)
@@ -182,7 +197,8 @@ def test_existing_target(checkpoint, tmp_path, monkeypatch):
     out, home = tmp_path / "out", tmp_path / "home"
     with monkeypatch.context() as patch:
         patch.setattr(export_module, "MAX_SHARD_BYTES", 20_000)
-        export_hf(checkpoint, out, dtype="float32")
+        out.mkdir()
+        export_hf(checkpoint, out, dtype="float32", overwrite=True)  # of an empty directory
     before = {file.name for file in out.iterdir()}
     with pytest.raises(UserError, match="exists already"):
         export_hf(checkpoint, out)
@@ -258,6 +274,8 @@ def test_damaged_checkpoint_data(checkpoint, tmp_path):
         export_hf(checkpoint, tmp_path / "out", step=7)
     with pytest.raises(UserError, match="no checkpoint directory"):
         export_hf(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(UserError, match="no finished checkpoint in .*hf: it holds Hugging Face weights"):
+        export_hf(tmp_path / "hf", tmp_path / "out")
 
 
 def test_tokenizer_file_outside_the_directory(tmp_path):
@@ -270,6 +288,7 @@ def test_tokenizer_file_outside_the_directory(tmp_path):
 
 
 def test_card_tells_of_the_training():
+    """Of a run of an older version, whose config lacks keys."""
     sources = {"code": {"share": 10.0}, "text": {"share": 1.0}}
     later = [{"step": step, "shares": {"code": 1.0, "text": 3.0}} for step in (200, 250)]
     run = {
@@ -287,9 +306,3 @@ def test_card_tells_of_the_training():
     assert card.count("Data from") == card.count("| Data from update 200 on | code 25.0%, text 75.0% |") == 1
     assert "| Learning rate | 4e-05 → 4e-06 |" in card
     assert "| Checkpoint step | 250 |" in card
-
-
-def test_the_card_of_a_run_whose_config_lacks_keys():
-    metadata = {"step": 3, "config": {"train": {"steps": 7}}}
-    card = model_card(preset("tiny"), metadata, "float32", chatml=False)
-    assert "| Updates planned | 7 |" in card

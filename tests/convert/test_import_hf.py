@@ -1,5 +1,6 @@
-"""Import against the state dict that transformers wrote, element for element."""
+"""Import of weights in every form; `test_families.py` compares what is imported with transformers."""
 
+import functools
 import json
 import re
 import shutil
@@ -28,66 +29,19 @@ from lemur_jax.models.decoder import abstract_params
 from tests.helpers.hf_faults import FAULTS, NOT_FINITE, edit, with_one
 
 
-def expected_params(state, config):
-    """The parameter tree written out by hand, in float32."""
-    H, K, N = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-
-    def tensor(name):
-        return state[name].float().numpy()
-
-    def stack(name, convert=lambda x: x):
-        layers = range(config.num_hidden_layers)
-        return np.stack([convert(tensor(f"model.layers.{layer}.{name}.weight")) for layer in layers])
-
-    def heads(count):
-        return lambda x: x.T.reshape(-1, count, N)
-
-    params = {
-        "embed": {"embedding": tensor("model.embed_tokens.weight")},
-        "layers": {
-            "attention_norm": {"scale": stack("input_layernorm")},
-            "attention": {
-                "query": stack("self_attn.q_proj", heads(H)),
-                "key": stack("self_attn.k_proj", heads(K)),
-                "value": stack("self_attn.v_proj", heads(K)),
-                "out": stack("self_attn.o_proj", lambda x: x.T.reshape(H, N, -1)),
-            },
-            "mlp_norm": {"scale": stack("post_attention_layernorm")},
-            "mlp": {
-                "gate": stack("mlp.gate_proj", np.transpose),
-                "up": stack("mlp.up_proj", np.transpose),
-                "down": stack("mlp.down_proj", np.transpose),
-            },
-        },
-        "final_norm": {"scale": tensor("model.norm.weight")},
-    }
-    if not config.tie_word_embeddings:
-        params["head"] = {"kernel": tensor("lm_head.weight").T}
-    return params
-
-
 def assert_same(got, expected):
+    """Of two trees, or of two pairs of a config and a tree."""
     assert jax.tree.structure(got) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, got, expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_tensor(make_model, variant, dtype):
-    hf = make_model(dtype, **variant)
-    config, params = load_hf_params(hf.path)
-    assert config.num_key_value_heads == hf.model.config.num_key_value_heads
-    assert_same(params, expected_params(hf.state(), config))
 
 
 def test_a_model_that_was_saved_without_its_head(make_model):
     """As embedding models are; transformers opens it as a language model too where its head is the embedding."""
     hf = make_model(kind="Qwen3", num_key_value_heads=2, head_dim=8, tie_word_embeddings=True)
-    config, params = load_hf_params(hf.path)
+    expected = load_hf_params(hf.path)
     hf.model.model.save_pretrained(hf.path)
     assert "embed_tokens.weight" in open_weights(hf.path)
-    again, theirs = load_hf_params(hf.path)
-    assert again == config
-    assert_same(theirs, params)
+    assert_same(load_hf_params(hf.path), expected)
 
 
 def test_every_byte_of_a_fused_tensor_is_read_once(make_model, monkeypatch):
@@ -146,18 +100,19 @@ def link(hf):
     (hf.path / "model.safetensors").symlink_to("../blob")
 
 
+def in_shards(hf):
+    (hf.path / "model.safetensors").unlink()
+    hf.model.save_pretrained(hf.path, max_shard_size="20KB")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("shard", "change"),
-    [("20KB", lambda hf: None), ("1GB", link), ("1GB", to_bin), ("1GB", lambda hf: to_bin(hf, shards=3))],
-    ids=["shards", "link", "bin", "shards of bin"],
-)
-def test_however_weights_are_stored(make_model, shard, change, dtype):
-    hf = make_model(dtype, shard=shard)
+@pytest.mark.parametrize("change", [in_shards, link, to_bin, functools.partial(to_bin, shards=3)])
+def test_however_weights_are_stored(make_model, change, dtype):
+    hf = make_model(dtype)
+    expected = load_hf_params(hf.path)
     change(hf)
     assert (hf.path / "model.safetensors").exists() == (change is link)
-    config, params = load_hf_params(hf.path)
-    assert_same(params, expected_params(hf.state(), config))
+    assert_same(load_hf_params(hf.path), expected)
 
 
 def test_bin_files_need_torch(hf_model, monkeypatch):
@@ -167,27 +122,22 @@ def test_bin_files_need_torch(hf_model, monkeypatch):
         open_weights(hf_model.path)
 
 
-def test_a_damaged_shard(hf_model):
-    hf = hf_model
-    _, file, _ = to_bin(hf, shards=3)
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(UserError, match=f"{file.name} cannot be read as weights"):
-        load_hf_params(hf.path)
-    file.unlink()
-    with pytest.raises(
-        UserError, match=rf"{file.name} is missing, but pytorch_model\.bin\.index\.json lists it"
-    ):
-        load_hf_params(hf.path)
-
-
 @pytest.mark.parametrize(
-    ("content", "advice"),
-    [(b"version https://git-lfs.github.com/spec/v1\n", "run `git lfs pull`"), (b"", "download it again")],
+    ("damage", "message"),
+    [
+        (lambda content: content[: len(content) // 2], "cannot be read as weights"),
+        (lambda content: b"", "holds no weights of PyTorch .*: .*download it again"),
+        (
+            lambda content: b"version https://git-lfs.github.com/spec/v1\n",
+            "holds no .*: .*run `git lfs pull`",
+        ),
+        (None, r"is missing, but pytorch_model\.bin\.index\.json lists it"),
+    ],
 )
-def test_bin_file_that_was_not_downloaded(hf_model, content, advice):
-    (file,) = to_bin(hf_model)
-    file.write_bytes(content)
-    with pytest.raises(UserError, match=rf"pytorch_model\.bin holds no weights of PyTorch .*: .*{advice}"):
+def test_a_damaged_bin_file(hf_model, damage, message):
+    _, file, _ = to_bin(hf_model, shards=3)
+    file.write_bytes(damage(file.read_bytes())) if damage else file.unlink()
+    with pytest.raises(UserError, match=f"{file.name} {message}"):
         load_hf_params(hf_model.path)
 
 
@@ -214,7 +164,7 @@ def test_checkpoint(make_model, tmp_path, tokenizer_dir):
     assert files["tokenizer.model"] == (tokenizer_dir / "tokenizer.model").read_bytes()
     assert "tokenizer_config.json" in files
     params = restore_params(tmp_path / "checkpoint", abstract_params(config))
-    assert_same(jax.device_get(params), expected_params(hf.state(), config))
+    assert_same(jax.device_get(params), load_hf_params(hf.path)[1])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "hf"]
 
 
@@ -255,15 +205,14 @@ def test_a_fault_that_is_met_while_writing_is_one_line(make_model, tmp_path):
     assert re.fullmatch(rf"lemur import-hf: \S*{NOT_FINITE.format('norm')}.*\n", done.stderr)
 
 
-def test_unknown_dtype(hf_model, tmp_path):
-    with pytest.raises(UserError, match="unknown dtype 'int8'"):
-        import_hf(hf_model.path, tmp_path / "checkpoint", dtype="int8")
-
-
-def test_overflow_names_the_tensor(hf_model, tmp_path):
+@pytest.mark.parametrize(
+    ("dtype", "message"),
+    [("int8", "unknown dtype 'int8'"), ("float16", r"model\.norm\.weight has a value of 70000, .*float16")],
+)
+def test_a_dtype_that_cannot_hold_the_weights(hf_model, tmp_path, dtype, message):
     edit(model__norm__weight=with_one(-70_000.0, 32))(hf_model)
-    with pytest.raises(UserError, match=r"model\.norm\.weight has a value of 70000, .*float16"):
-        import_hf(hf_model.path, tmp_path / "checkpoint", dtype="float16")
+    with pytest.raises(UserError, match=message):
+        import_hf(hf_model.path, tmp_path / "checkpoint", dtype=dtype)
 
 
 def test_a_second_tied_head_is_ignored(make_model):
@@ -277,7 +226,7 @@ def test_a_second_tied_head_is_ignored(make_model):
 @pytest.mark.parametrize("kind", ["single", "in no index", "in the index", "bin"])
 def test_buffers_that_transformers_ignores(hf_model, kind, dtype):
     """Old versions of transformers saved a table of angles for each layer, or one for the model."""
-    path, state = hf_model.path, hf_model.state()
+    path, state, expected = hf_model.path, hf_model.state(), load_hf_params(hf_model.path)
     for name in ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"):
         state[name] = torch.arange(4).to(dtype)
     (path / "model.safetensors").unlink()
@@ -290,5 +239,4 @@ def test_buffers_that_transformers_ignores(hf_model, kind, dtype):
         listed = state if kind == "in the index" else hf_model.state()
         index = {"metadata": {}, "weight_map": dict.fromkeys(listed, file)}
         (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    config, params = load_hf_params(path)
-    assert_same(params, expected_params(hf_model.state(), config))
+    assert_same(load_hf_params(path), expected)

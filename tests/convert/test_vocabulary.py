@@ -46,37 +46,31 @@ def tables(rows, dtype=np.float32, tied=False):
     return params
 
 
-@pytest.mark.parametrize("xp", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
-def test_new_rows_are_the_mean_of_the_old(xp):
-    before = tables(100)
-    after = vocabulary.resize(jax.tree.map(xp, before), 105, new_rows="mean")
-    for name, leaf in (("embed", "embedding"), ("head", "kernel")):
+@pytest.mark.parametrize(
+    ("xp", "dtype", "rows", "drop", "size"),
+    [
+        *(
+            (xp, np.float32, *sizes)
+            for xp in (np.asarray, jnp.asarray)
+            for sizes in ((100, 0, 105), (324, 300, 305))
+        ),
+        (np.asarray, ml_dtypes.bfloat16, 4000, 0, 4001),  # whose sum in bfloat16 would stop growing
+    ],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_rows_are_the_mean_of_those_that_are_kept(xp, dtype, rows, drop, size, tied):
+    before, kept = tables(rows, dtype, tied), drop or rows
+    after = vocabulary.resize(jax.tree.map(xp, before), size, drop_rows_above=drop, new_rows="mean")
+    assert after.keys() == before.keys()
+    for name, leaf in (("embed", "embedding"), ("head", "kernel"))[: 1 if tied else 2]:
         # The head is [D, V].
         old, new = (tree[name][leaf] if name == "embed" else tree[name][leaf].T for tree in (before, after))
         assert isinstance(new, np.ndarray if xp is np.asarray else jax.Array)
-        np.testing.assert_array_equal(new[:100], old)
-        mean = np.broadcast_to(old.mean(0, dtype=np.float64), (5, 6))
-        np.testing.assert_allclose(new[100:], mean, rtol=1e-5)
-    assert before["embed"]["embedding"].shape == (100, 6)
-
-
-def test_bfloat16_mean_is_not_summed_in_bfloat16():
-    before = tables(4000, ml_dtypes.bfloat16, tied=True)
-    after = vocabulary.resize(before, 4001, new_rows="mean")
-    new, exact = after["embed"]["embedding"][-1], before["embed"]["embedding"].astype(np.float64).mean(0)
-    assert new.dtype == ml_dtypes.bfloat16
-    np.testing.assert_allclose(new.astype(np.float64), exact, rtol=2**-8)
-    assert "head" not in after
-
-
-def test_dropped_rows_do_not_count():
-    base = tables(324)
-    chat = vocabulary.resize(base, 305, drop_rows_above=300, new_rows="mean")
-    kept, embedding = base["embed"]["embedding"][:300], chat["embed"]["embedding"]
-    assert (embedding.shape, chat["head"]["kernel"].shape) == ((305, 6), (6, 305))
-    np.testing.assert_array_equal(embedding[:300], kept)
-    np.testing.assert_allclose(embedding[300], kept.mean(0, dtype=np.float64), rtol=1e-5)
-    assert vocabulary.resize(base, 324)["embed"]["embedding"] is base["embed"]["embedding"]
+        assert (new.shape, new.dtype) == ((size, 6), dtype)
+        np.testing.assert_array_equal(new[:kept], old[:kept])
+        mean = np.broadcast_to(old[:kept].astype(np.float64).mean(0), (size - kept, 6))
+        np.testing.assert_allclose(np.float64(new[kept:]), mean, rtol=1e-5 if dtype is np.float32 else 2**-8)
+    assert vocabulary.resize(before, rows)["embed"]["embedding"] is before["embed"]["embedding"]
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,8 @@ def test_layers_start_different_and_norms_start_at_one():
     assert not np.array_equal(query[0], query[1])
     np.testing.assert_allclose(np.std(query), CONFIG.initializer_range, rtol=0.05)
     assert np.all(np.asarray(fresh["layers"]["mlp_norm"]["scale"]) == 1)
+    offset = init_params(preset("tiny", norm_offset=1.0), jax.random.key(0))  # added to the scale
+    assert np.all(np.asarray(offset["layers"]["mlp_norm"]["scale"]) == 0)
 
 
 def test_bfloat16_compute_gives_float32_logits_close_to_float32(params, tokens):

@@ -48,13 +48,6 @@ def test_frequencies(name):
     np.testing.assert_allclose(inverse_frequencies(preset(name)), theirs(name).inv_freq.numpy(), rtol=3e-7)
 
 
-def test_linear_scaling_divides_positions():
-    plain, scaled = preset("llama2_7b"), preset("llama2_7b", rope_scaling="linear", rope_factor=4.0)
-    far = rotary_angles(scaled, jnp.array([[4000]]))
-    near = rotary_angles(plain, jnp.array([[1000]]))
-    np.testing.assert_allclose(far, near, atol=1e-4)
-
-
 def test_layers_with_a_window_are_not_scaled():
     scaled = preset(
         "gemma3_270m", rope_scaling="longrope", rope_short_factor=(2.0,) * 128, rope_long_factor=(3.0,) * 128

@@ -130,24 +130,21 @@ def test_residuals_kept_by_name_save_the_forward_kernel():
     assert kernels_in(jax.checkpoint_policies.nothing_saveable) == 3
 
 
-def test_block_sizes_divide_the_length(monkeypatch):
+def test_block_sizes_divide_the_length_and_are_those_of_the_config(monkeypatch):
     monkeypatch.undo()
     for length in (128, 384, 512, 1536, 2048, 4096):
         sizes = splash.block_sizes(length, 128, "TPU v5 lite")
         backward = (sizes.block_q_dkv, sizes.block_kv_dkv, sizes.block_q_dq, sizes.block_kv_dq)
         for size in (sizes.block_q, sizes.block_kv, *backward):
-            assert length % size == 0
-            assert size % 128 == 0
-
-
-def test_blocks_of_the_config_are_those_of_the_kernels(monkeypatch):
-    monkeypatch.undo()
-    assert splash.block_sizes(32_768, 128, "TPU7x").use_fused_bwd_kernel
-    assert not splash.block_sizes(131_072, 128, "TPU7x").use_fused_bwd_kernel
-    assert splash.block_sizes(131_072, 128, "TPU7x", (0, 4096)).use_fused_bwd_kernel
+            assert length % size == size % 128 == 0
+    for length, blocks, fused in (
+        (32_768, (0, 0), True),
+        (131_072, (0, 0), False),
+        (131_072, (0, 4096), True),
+    ):
+        assert splash.block_sizes(length, 128, "TPU7x", blocks).use_fused_bwd_kernel == fused
     sizes = splash.block_sizes(4096, 128, "TPU v4", (1024, 256))
     assert (sizes.block_q, sizes.block_kv, sizes.block_q_dkv, sizes.block_kv_dkv) == (1024, 1024, 256, 256)
-    assert splash.block_sizes(4096, 128, "TPU v4", (0, 0)) == splash.block_sizes(4096, 128, "TPU v4")
     program = forward_jaxpr(attention_blocks=(128, 256))
     assert '"block_q": 128, "block_kv": 128,' in program
     assert '"block_q_dkv": 256, "block_kv_dkv": 256,' in program
