@@ -76,12 +76,8 @@ def test_import_then_export_is_bit_exact(make_model, variant, tmp_path, dtype, i
         assert torch.equal(bits(tensor), bits(model.state_dict()[name])), name
 
 
-@pytest.fixture
-def small_shards(monkeypatch):
+def test_shards_without_a_tokenizer(hf_model, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(export_module, "MAX_SHARD_BYTES", 20_000)
-
-
-def test_shards_without_a_tokenizer(hf_model, checkpoint, tmp_path, small_shards):
     export_hf(checkpoint, tmp_path / "out", dtype="float32")
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 3
