@@ -13,8 +13,9 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig, replace
 from lemur_jax.convert.export_hf import export_hf
 from lemur_jax.convert.hf_config import read_config
-from lemur_jax.convert.peft import export_peft
+from lemur_jax.convert.peft import export_peft, read_peft
 from lemur_jax.models import lora
+from lemur_jax.models.config import AdapterConfig
 
 
 def write_adapter(directory, base, name=None, scale=0.2):
@@ -38,6 +39,9 @@ def test_peft_computes_what_the_merged_model_computes(make_model, tmp_path):
     export_hf(tmp_path / "adapter", tmp_path / "merged", dtype="float32")
     with pytest.raises(UserError, match="hf is the base of the adapter in"):
         export_hf(tmp_path / "adapter", model.path, overwrite=True)
+    query = AdapterConfig(rank=4, targets=("*/query",), checkpoint=str(tmp_path / "peft"))
+    with pytest.raises(UserError, match=r"for config\.adapter\.targets \*/query: tensor .* not part"):
+        read_peft(query, read_config(model.path), "float32")
     tokens = torch.arange(1, 61)[None]
     with torch.no_grad():
         before = model.model(tokens).logits
