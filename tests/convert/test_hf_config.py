@@ -171,7 +171,7 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}
             {"model_type": "mistral", "layer_types": ["full_attention", "sliding_attention"] * 16},
             "layer_types is .* models of type mistral",
         ),
-        ({"is_causal": False}, "is_causal is False"),  # gte-Qwen2
+        *(({"is_causal": no}, f"is_causal is {no}") for no in (False, None)),  # gte-Qwen2
         ({"per_layer_config": {"0": {"intermediate_size": 64}}}, "per_layer_config is"),
         ({"model_type": "gemma3", "text_config": {"num_hidden_layers": "34"}}, "num_hidden_layers is '34'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config .*gptq"),

@@ -63,6 +63,7 @@ def test_the_library_reads_what_is_written(tmp_path, dtype):
     for name, tensor in loaded.items():
         assert tensor.dtype == getattr(torch, dtype)
         assert tensor.reshape(-1).view(torch.uint8).numpy().tobytes() == state[name].tobytes()
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0  # readers map the tensors
     with safetensors.safe_open(path, "pt") as file:
         assert file.metadata() == {"format": "pt"}
 
