@@ -24,7 +24,14 @@ from lemur_jax.common import sections
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.json_files import digest_of
 from lemur_jax.common.sections import did_you_mean, replace
-from lemur_jax.data.config import DataConfig, SourceConfig, SourceCounts, documents_per_row, shares_of_epochs
+from lemur_jax.data.config import (
+    DataConfig,
+    SourceConfig,
+    SourceCounts,
+    documents_per_row,
+    read_record,
+    shares_of_epochs,
+)
 from lemur_jax.models.config import AdapterConfig, ComputeConfig, DecoderConfig
 from lemur_jax.parallel.config import MeshConfig
 from lemur_jax.prepare.config import PrepareConfig
@@ -116,10 +123,9 @@ class RunConfig:
         their sizes; updates are rounded up.
         """
         data, train, mesh = self.data, self.train, self.mesh
-        if not (data.by_epochs or train.batch_documents) or not data.counts_record.exists():
+        if not (data.by_epochs or train.batch_documents):
             return self
-        record = json.loads(data.counts_record.read_text())
-        counts = {name: SourceCounts(**fields) for name, fields in record.items()}
+        counts = read_record(data.counts_record, SourceCounts)
         if not data.sources or not set(data.sources) <= set(counts):
             return self
         if data.by_epochs:
@@ -182,9 +188,7 @@ def load(argument: str, overrides: Sequence[str] = ()) -> RunConfig:
         that cannot work.
     """
     config = from_config_dict(load_config_dict(argument, overrides))
-    if config.data.mixture and config.data.mixture_record.exists():
-        recorded = json.loads(config.data.mixture_record.read_text())
-        sources = {name: SourceConfig(**fields) for name, fields in recorded.items()}
+    if config.data.mixture and (sources := read_record(config.data.mixture_record, SourceConfig)):
         config = replace(config, {"data.sources": sources})
     return config
 

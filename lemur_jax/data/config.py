@@ -1,15 +1,18 @@
 """`config.data`: the stores of a run and how they are mixed."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
+from typing import TypeVar
 
 from etils import epath
 
-from lemur_jax.common.errors import UserError
-from lemur_jax.common.sections import require, require_one_of
+from lemur_jax.common.errors import UserError, reason_of
+from lemur_jax.common.sections import from_plain, require, require_one_of
 
 PACKINGS = ("concat", "fit")
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,6 +103,17 @@ class SourceCounts:
     documents: int
     rows: int
     tokens: int  # without padding
+
+
+def read_record(file: epath.Path, cls: type[T]) -> dict[str, T]:
+    """What `lemur prepare` recorded of each source beside the stores; {} without a file, UserError: it is damaged."""
+    try:
+        fields = json.loads(file.read_text()) if file.exists() else {}
+        return {name: from_plain(cls, values, name) for name, values in fields.items()}
+    except (ValueError, AttributeError, UserError) as error:
+        raise UserError(
+            f"{file} is damaged ({reason_of(error)}): remove it and run `lemur prepare` with this config"
+        ) from error
 
 
 def shares_of_epochs(

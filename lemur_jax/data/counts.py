@@ -5,12 +5,11 @@ the stores that it opens.
 """
 
 import dataclasses
-import json
 import logging
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.json_files import write_json
-from lemur_jax.data.config import DataConfig, SourceCounts
+from lemur_jax.data.config import DataConfig, SourceCounts, read_record
 from lemur_jax.data.mixture import Mixture, open_rows
 from lemur_jax.data.rows import Rows
 from lemur_jax.text.tokenizer import Tokenizer
@@ -26,12 +25,10 @@ def count(rows: Rows, packing: str) -> SourceCounts:
 
 def record_counts(data: DataConfig, tokenizer: Tokenizer) -> None:
     """Writes the counts of the sources beside their stores; those of other sources stay."""
-    record = data.counts_record
-    counts = json.loads(record.read_text()) if record.exists() else {}
+    counts = read_record(data.counts_record, SourceCounts)
     for name, source in data.sources.items():
-        rows = open_rows(data, tokenizer, name, "train", source.packing)
-        counts[name] = dataclasses.asdict(count(rows, source.packing))
-    write_json(record, counts)
+        counts[name] = count(open_rows(data, tokenizer, name, "train", source.packing), source.packing)
+    write_json(data.counts_record, {name: dataclasses.asdict(each) for name, each in counts.items()})
 
 
 def check_counts(mixture: Mixture, data: DataConfig, batch_documents: int) -> None:
@@ -47,12 +44,10 @@ def check_counts(mixture: Mixture, data: DataConfig, batch_documents: int) -> No
     """
     if not (data.by_epochs or batch_documents):
         return
-    record = data.counts_record
-    counts = json.loads(record.read_text()) if record.exists() else {}
+    counts = read_record(data.counts_record, SourceCounts)
     for source in mixture.sources:
-        current = count(source.rows, data.sources[source.name].packing)
-        if counts.get(source.name) != dataclasses.asdict(current):
+        if counts.get(source.name) != count(source.rows, data.sources[source.name].packing):
             raise UserError(
-                f"{record} does not have the counts of {source.name}, from which epochs and train.batch_documents"
-                " become rows and updates: run `lemur prepare` with this config"
+                f"{data.counts_record} does not have the counts of {source.name}, from which epochs and"
+                " train.batch_documents become rows and updates: run `lemur prepare` with this config"
             )

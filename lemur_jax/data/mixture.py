@@ -145,11 +145,14 @@ class Mixture:
                 batch[key][positions] = values
         return batch
 
-    def documents(self, step: int, places: Sequence[int] | None = None) -> list[str]:
-        """`source/document` for each document in these rows of a step's batch, or all; each once, in order."""
+    def documents(self, step: int, rows: Sequence[int] | None = None) -> list[str]:
+        """`source/document` of each document in a step's batch; each once, in order of the rows.
+
+        `rows`: the rows [0, B) of the batch to look at, in this order; None: all.
+        """
         source_ids, row_indices = self.locate(step)
         names: dict[str, None] = {}  # an ordered set
-        for row in range(self.batch_rows) if places is None else places:
+        for row in range(self.batch_rows) if rows is None else rows:
             source = self.sources[source_ids[row]]
             documents = source.rows.documents(int(row_indices[row]))
             names.update(dict.fromkeys(f"{source.name}/{document}" for document in documents))

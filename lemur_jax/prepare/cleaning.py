@@ -167,8 +167,8 @@ class Filters:
     def fingerprints(self, texts: Mapping[str, str]) -> dict[str, bytes]:
         """What documents are compared by: `digests`, 16 bytes of a sha256, and `minhashes`, 2 bytes of each MinHash.
 
-        Each is present if its step is configured. `texts` has one text under "", or for preferences one text for each
-        side: an answer chosen in one document and rejected in another makes different fingerprints.
+        Each is present if its step is configured. `texts` has each text under what it stands with: "", or e.g. the side
+        of a preference. An answer chosen in one document and rejected in another makes different fingerprints.
         """
         fingerprints = {}
         if "exact_duplicates" in self.steps:

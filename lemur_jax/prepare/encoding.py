@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.common.json_files import digest_of
 from lemur_jax.data.manifest import REJECTED
 from lemur_jax.prepare.cleaning import NO_STEPS, Removed, filters
 from lemur_jax.prepare.code_layout import encode_pieces, layout, separators
@@ -86,8 +87,11 @@ def encode(tokenizer: Tokenizer, record: Record, steps: str = NO_STEPS) -> Resul
         extra: dict[str, Any] = {}
         if cleaning.steps:
             texts = {"": text}
-            if content == "preferences" and isinstance(messages, dict):
-                texts = {side: conversation_text(said) for side, said in messages.items()}
+            if content != "text":
+                sides = (
+                    messages if content == "preferences" and isinstance(messages, dict) else {"": messages}
+                )
+                texts = {f"{side}{_context(said)}": conversation_text(said) for side, said in sides.items()}
             extra = {"fingerprints": cleaning.fingerprints(texts), "label": cleaning.label(meta)}
         if content == "preferences":
             return _encode_preferences(tokenizer, messages, name, extra)
@@ -140,6 +144,18 @@ def conversation_text(messages: Any) -> str:
     said = [message.get(key) for message in messages if isinstance(message, Mapping) for key in _CONTENT_KEYS]
     parts = (part if isinstance(part, str) else _calls(part) for part in said if part)
     return "\n\n".join(parts).strip()
+
+
+def _context(conversation: Any) -> str:
+    """A digest of what changes a conversation's tokens or targets beside its text; "": nothing does."""
+    given = conversation if isinstance(conversation, Mapping) else {"messages": conversation}
+    context = {key: given[key] for key in _BESIDE_MESSAGES if given.get(key)}
+    turns = given.get("messages")
+    turns = enumerate(turns if isinstance(turns, list) else ())
+    context["untrained"] = [
+        index for index, turn in turns if isinstance(turn, Mapping) and not is_trained(turn)
+    ]
+    return digest_of(context) if any(context.values()) else ""
 
 
 def _calls(calls: Any) -> str:

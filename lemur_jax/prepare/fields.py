@@ -149,7 +149,7 @@ def _document(row: Row, fields: Fields, where: str) -> tuple[Document, bytes]:
     id = _look_up(row, fields.id) if fields.id else None
     meta = {name: _plain(_look_up(row, name, None)) for name in fields.meta}
     group = _look_up(row, fields.group) if fields.group else None
-    # As `exact_duplicates` compares texts, but for the sides of preferences.
+    # As `exact_duplicates` compares texts, whatever they stand with (sides of preferences, tools).
     key = hashlib.sha256(text.strip().encode()).digest() if _is_missing(group) else _bytes(str(group))
     features = {
         fields.content: content,

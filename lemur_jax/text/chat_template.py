@@ -334,7 +334,22 @@ def _compile(template: str, begin: str, end: str):
         def _mark(self, caller):
             return f"{begin}{caller()}{end}"
 
-    environment = ImmutableSandboxedEnvironment(
+    class Environment(ImmutableSandboxedEnvironment):
+        """Jinja's sandbox, which for these two takes most of the time of a template."""
+
+        def getattr(self, obj, attribute):
+            if type(obj) is dict and attribute in obj and not hasattr(dict, attribute):
+                return obj[attribute]
+            return super().getattr(obj, attribute)
+
+        def is_safe_attribute(self, obj, attr, value):
+            key = type(obj), attr  # on which alone Jinja's answer depends
+            if key not in is_safe:
+                is_safe[key] = super().is_safe_attribute(obj, attr, value)
+            return is_safe[key]
+
+    is_safe: dict[tuple[type, str], bool] = {}
+    environment = Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _to_json

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.sections import from_plain
 from lemur_jax.config import default_config, from_config_dict
-from lemur_jax.data.config import DataConfig, SourceConfig, StageConfig
+from lemur_jax.data.config import DataConfig, SourceConfig, SourceCounts, StageConfig, read_record
 from lemur_jax.data.mixture import Mixture, open_mixture, open_rows
 from lemur_jax.data.rows import ConcatRows, FitRows
 from lemur_jax.models.presets import preset
@@ -217,6 +217,14 @@ def test_open_mixture(data, make_store, random_documents, chat_tokenizer, tmp_pa
     rewrite_manifest(tmp_path / "text/train", tokenizer_digest="0" * 64)
     with pytest.raises(UserError, match="tokenizer 00000000"):
         open_mixture(data, chat_tokenizer, seed=42, batch_rows=8)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff", b'{"code": 3}', b'{"code": {"rows": 1}}'])
+def test_a_damaged_record_of_prepare_is_one_line(tmp_path, content):
+    assert read_record(tmp_path / "none.json", SourceCounts) == {}
+    (tmp_path / "counts-8.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"counts-8\.json is damaged .*: remove it and run `lemur prepare`"):
+        read_record(tmp_path / "counts-8.json", SourceCounts)
 
 
 def test_a_home_directory_is_no_directory_of_that_name(monkeypatch):

@@ -66,13 +66,26 @@ def test_what_cannot_be_used_is_refused_with_a_reason(chat_tokenizer, fields, re
     json.dumps(result.record)
 
 
-@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "tool_calls"])
-def test_conversations_with_other_thoughts_or_calls_are_no_duplicates(chat_tokenizer, key):
+CALLS = [[{"function": {"name": name}}] for name in "fg"]
+
+
+@pytest.mark.parametrize("content", ["messages", "preferences"])
+@pytest.mark.parametrize(
+    ("turn", "beside"),
+    [
+        *(([{key: "a"}, {key: "b"}], [{}] * 2) for key in ("reasoning_content", "thinking")),
+        ([{"tool_calls": calls} for calls in CALLS], [{}] * 2),
+        ([{}] * 2, [{"tools": calls} for calls in CALLS]),
+        ([{}] * 2, [{"chat_template_kwargs": {"messages_": n}} for n in range(2)]),
+        ([{"train": True}, {"train": False}], [{}] * 2),
+    ],
+)
+def test_conversations_that_train_other_tokens_are_no_duplicates(chat_tokenizer, content, turn, beside):
     steps, found = parse_steps("t", {"exact_duplicates": {}, "near_duplicates": {}}), []
-    for number in (1, 2, 2):
-        said = [{"function": {"name": f"f{number}"}}] if key == "tool_calls" else f"thought {number}"
-        talk = [TALK[0], {**TALK[1], key: said}]
-        result = encode(chat_tokenizer, record(id="c", messages=json.dumps(talk)), steps)
+    for index in (0, 1, 1):
+        value = {"messages": [TALK[0], TALK[1] | turn[index], *TALK], **beside[index]}
+        value = {"chosen": value} if content == "preferences" else value
+        result = encode(chat_tokenizer, record(id="c", **{content: json.dumps(value)}), steps)
         found.append(set(result.fingerprints.values()))
     assert found[1] == found[2]
     assert not found[0] & found[1]
