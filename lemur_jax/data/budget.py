@@ -13,9 +13,9 @@ class SourceBudget:
     """What a run needs of one source."""
 
     name: str
-    rows_wanted: int  # read in the whole run
+    rows_required: int  # read in the whole run
     rows_available: int  # of one epoch
-    tokens_wanted: int  # the same in real (not padding) positions
+    tokens_required: int  # the same in real (not padding) positions
     tokens_available: int
     max_epochs: float  # the cap; 0: none
     # its part of the tokens of each stage that the run reaches, by the stage's label
@@ -23,11 +23,11 @@ class SourceBudget:
 
     @property
     def epochs(self) -> float:
-        return self.rows_wanted / self.rows_available
+        return self.rows_required / self.rows_available
 
     @property
     def exceeded(self) -> bool:
-        return bool(self.max_epochs) and self.rows_wanted > Fraction(self.max_epochs) * self.rows_available
+        return bool(self.max_epochs) and self.rows_required > Fraction(self.max_epochs) * self.rows_available
 
 
 def budget(mixture: Mixture, steps: int) -> list[SourceBudget]:
@@ -42,9 +42,9 @@ def budget(mixture: Mixture, steps: int) -> list[SourceBudget]:
     return [
         SourceBudget(
             name=source.name,
-            rows_wanted=rows[index],
+            rows_required=rows[index],
             rows_available=len(source.rows),
-            tokens_wanted=rows[index] * source.rows.num_tokens // len(source.rows),
+            tokens_required=rows[index] * source.rows.num_tokens // len(source.rows),
             tokens_available=source.rows.num_tokens,
             max_epochs=source.max_epochs,
             shares={label: by_source[index] for label, by_source in shares.items()},
@@ -68,7 +68,7 @@ def check_budget(needs: Sequence[SourceBudget]) -> None:
     for need in needs:
         if need.exceeded:
             raise UserError(
-                f"source {need.name}: the run needs {need.tokens_wanted:,} tokens, {need.epochs:.2f} epochs"
+                f"source {need.name}: the run needs {need.tokens_required:,} tokens, {need.epochs:.2f} epochs"
                 f" of its {need.tokens_available:,}, and data.sources.{need.name}.max_epochs is"
                 f" {need.max_epochs:g}: raise that (0: no limit), lower the share or train.steps, or prepare"
                 " more data"
@@ -77,7 +77,7 @@ def check_budget(needs: Sequence[SourceBudget]) -> None:
 
 def format_budget(needs: Sequence[SourceBudget]) -> str:
     """The budget as a table; with several stages also the shares in each."""
-    total = sum(need.tokens_wanted for need in needs)
+    total = sum(need.tokens_required for need in needs)
     stages = list(needs[0].shares) if len(needs[0].shares) > 1 else []
     lines = [("source", *stages, "share", "tokens wanted", "available", "epochs", "allowed")]
     for need in needs:
@@ -85,8 +85,8 @@ def format_budget(needs: Sequence[SourceBudget]) -> str:
             (
                 need.name,
                 *(f"{need.shares[stage]:.2%}" for stage in stages),
-                f"{need.tokens_wanted / max(total, 1):.2%}",
-                f"{need.tokens_wanted:,}",
+                f"{need.tokens_required / max(total, 1):.2%}",
+                f"{need.tokens_required:,}",
                 f"{need.tokens_available:,}",
                 f"{need.epochs:.2f}",
                 (f"{need.max_epochs:g}" if need.max_epochs else "any") + (" !" if need.exceeded else ""),

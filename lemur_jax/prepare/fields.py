@@ -68,14 +68,14 @@ class Fields:
         return "text" if self.messages is None else "messages"
 
 
-def to_documents(path: str, found: Rows, fields: Fields) -> Iterator[tuple[Document, bytes]]:
+def to_documents(path: str, rows: Rows, fields: Fields) -> Iterator[tuple[Document, bytes]]:
     """(document, key that decides whether it is held out) of each row.
 
     A document has the string features `text` or `messages`, `id`, `meta` (JSON), `where`, and `error`: empty, or JSON
     with the reason and the number of records that it stands for.
     """
     absent, is_read = set(fields.meta), False
-    for position, row in gather(found, fields.gather) if fields.gather else found:
+    for position, row in gather(rows, fields.gather) if fields.gather else rows:
         where = f"{path}: {position}"
         if isinstance(row, BadRow):
             bad = row
@@ -101,26 +101,26 @@ def _warn_of_absent(names: str) -> None:
     logger.warning("no row of a file has the metadata field %s: is it misspelled in Fields(meta=...)?", names)
 
 
-def gather(found: Rows, name: str) -> Rows:
+def gather(rows: Rows, name: str) -> Rows:
     """Merges consecutive rows with the same value in a field, at the place of the first; passes bad rows on."""
-    rows: list[Row] = []
+    group: list[Row] = []
     start, value, count = "", None, 0
-    for position, row in found:
+    for position, row in rows:
         if not isinstance(row, BadRow) and _is_missing(row.get(name)):
             row = BadRow(reason=f"no field {name!r}, or it is empty")
         if isinstance(row, BadRow):
             yield position, row
             continue
         if count and row[name] != value:
-            yield start, _joined(rows, count, name)
-            rows, count = [], 0
+            yield start, _joined(group, count, name)
+            group, count = [], 0
         if not count:
             start, value = position, row[name]
         count += 1
         if count <= MAX_GATHERED:
-            rows.append(row)
+            group.append(row)
     if count:
-        yield start, _joined(rows, count, name)
+        yield start, _joined(group, count, name)
 
 
 def _joined(rows: Sequence[Row], count: int, name: str) -> Row | BadRow:

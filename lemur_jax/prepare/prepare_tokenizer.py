@@ -6,7 +6,6 @@ import heapq
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from etils import epath
 
@@ -66,7 +65,7 @@ def _train(options: TokenizerConfig, modules: Sequence[str], path: epath.Path) -
     logger.info("%s: %s tokens, trained on %s, %.1f s", path, f"{size:,}", corpus, time.monotonic() - begin)
 
 
-def sample(records: Iterable[Record], limit: int, shown: Any = None) -> list[str]:
+def sample(records: Iterable[Record], limit: int, progress: Progress | None = None) -> list[str]:
     """Texts of at most `limit` bytes in total, chosen and ordered by a hash; only these are in memory."""
     heap: list[tuple[int, bytes]] = []  # a heap with the largest hash, negated, on top
     size = 0
@@ -77,8 +76,8 @@ def sample(records: Iterable[Record], limit: int, shown: Any = None) -> list[str
         size += len(text)
         while size > limit:
             size -= len(heapq.heappop(heap)[1])
-        if shown is not None:
-            shown.update(1)
+        if progress is not None:
+            progress.update(1)
     return [text.decode("utf-8", "ignore") for _, text in sorted(heap, reverse=True)]
 
 

@@ -18,7 +18,7 @@ from etils import epath
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.hub import dataset_files
-from lemur_jax.prepare.streams import COMPRESSIONS, Unreadable, read_utf8
+from lemur_jax.prepare.streams import COMPRESSIONS, Unreadable, compression_of, read_utf8
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +67,11 @@ def find_files(patterns: str | Iterable[str]) -> list[str]:
         has_wildcard = [any(sign in part for sign in "*?[") for part in path.parts]
         if not any(has_wildcard) or path.exists():  # names may have brackets
             # A dangling link stays, so that reading it fails.
-            candidates = (file for file in path.glob("*") if not file.is_dir()) if path.is_dir() else [path]
-            paths |= {file for file in candidates if file != path or file.exists()}
+            found = set(path.glob("*")) if path.is_dir() else {path} if path.exists() else set()
+            folders = {entry for entry in found if entry.is_dir()}
+            paths |= found - folders
+            if names := sorted(folder.name for folder in folders if not folder.name.startswith(".")):
+                logger.warning("%s: %d directories in it, e.g. %s, are not read", path, len(names), names[0])
             continue
         # epath globs below a directory only: begin at the last one without a wildcard.
         index = has_wildcard.index(True)
@@ -115,7 +118,7 @@ def read_rows(
     if kind == "parquet":
         yield from _parquet(path, columns, required)
         return
-    if not epath.Path(path).stat().length and not path.endswith(tuple(COMPRESSIONS)):
+    if not epath.Path(path).stat().length and not compression_of(path):
         logger.warning("%s is empty", path)
     chunks = read_utf8(path)
     if kind == "text":
@@ -125,11 +128,11 @@ def read_rows(
     yield from up_to_damage(path, rows)
 
 
-def up_to_damage(path: str, found: Rows) -> Rows:
+def up_to_damage(path: str, rows: Rows) -> Rows:
     """The rows of a file, and at its damage a bad row for the missing ones."""
     location, count = "file", 0
     try:
-        for position, row in found:
+        for position, row in rows:
             yield position, row
             location, count = f"after {position}", count + 1
     except Unreadable as error:
@@ -176,7 +179,7 @@ def _text_row(text: bytes, length: int, max_bytes: int) -> Row | BadRow:
     if length > max_bytes:
         return BadRow(reason=f"longer than {max_bytes:,} bytes", excerpt=text[:EXCERPT])
     if b"\0" in text:
-        reason = "NUL bytes: UTF-16 without a byte-order mark, or no text"
+        reason = "NUL bytes: UTF-16 without a byte-order mark, a compression without its suffix, or no text"
         return BadRow(reason=reason, excerpt=text[:EXCERPT])
     return {"text": text}
 

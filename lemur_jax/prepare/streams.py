@@ -4,8 +4,10 @@ Intact data comes first, then `Unreadable` for the damage. What the format's own
 compressed streams in one file, is not damage.
 """
 
+import bz2
 import codecs
 import contextlib
+import lzma
 import tempfile
 import zlib
 from collections.abc import Iterator
@@ -13,10 +15,10 @@ from typing import Any
 
 from etils import epath
 
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bzip2", ".xz": "xz"}
 _READ_BYTES = 1 << 20
 # Bytes of a compressed file read at a time: gzip's ratio is at most 1,032, zstd's 32,768.
-_COMPRESSED_BYTES = {"gzip": 1 << 16, "zstd": 1 << 12}
+_COMPRESSED_BYTES = {"gzip": 1 << 16, "zstd": 1 << 12, "bzip2": 1 << 12, "xz": 1 << 12}
 _ZSTD_WINDOW = 1 << 31  # bytes, as `zstd --long=31`
 # UTF-32's first: UTF-16's is a prefix of it.
 _MARKS = {
@@ -27,6 +29,11 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 _BYTES_A_RECORD = 1024  # assumed if no record of a file can be read
+
+
+def compression_of(path: str) -> str:
+    """The compression by a file's suffix; "": none."""
+    return next((kind for suffix, kind in COMPRESSIONS.items() if path.endswith(suffix)), "")
 
 
 class Unreadable(Exception):
@@ -75,9 +82,8 @@ def _read_utf8(path: str) -> Iterator[bytes]:
 
 def read_bytes(path: str) -> Iterator[bytes]:
     """The bytes of a file, decompressed as its suffix says; raises `Unreadable` after the intact data."""
-    compression = next((kind for suffix, kind in COMPRESSIONS.items() if path.endswith(suffix)), "")
     with epath.Path(path).open("rb") as file:
-        if compression:
+        if compression := compression_of(path):
             yield from _decompress(file, compression, epath.Path(path).stat().length)
             return
         while chunk := file.read(_READ_BYTES):
@@ -93,14 +99,14 @@ def _decompress(file: Any, compression: str, size: int) -> Iterator[bytes]:
         read += len(data)
         while data:
             if decoder is None:
-                if streams and compression == "gzip":
-                    data = data.lstrip(b"\0")  # padding, which gzip ignores
+                if streams and compression in ("gzip", "xz"):
+                    data = data.lstrip(b"\0")  # padding, which these ignore
                 decoder = _decoder(compression) if data else None
                 continue
             snapshot = decoder.copy() if compression == "gzip" else None
             try:
                 yield decoder.decompress(data)
-            except (zlib.error, zstandard.ZstdError) as error:
+            except (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError) as error:  # OSError: of bzip2
                 if snapshot is not None:
                     yield from _up_to_error(snapshot, data)
                 # The checksum is of the whole stream: any part of it may be wrong.
@@ -120,10 +126,12 @@ def _up_to_error(decoder: Any, data: bytes) -> Iterator[bytes]:
 
 
 def _decoder(compression: str) -> Any:
-    if compression == "gzip":
-        return zlib.decompressobj(wbits=31)
     import zstandard
 
+    if compression == "gzip":
+        return zlib.decompressobj(wbits=31)
+    if compression != "zstd":
+        return bz2.BZ2Decompressor() if compression == "bzip2" else lzma.LZMADecompressor()
     return zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
 
 

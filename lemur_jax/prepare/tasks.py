@@ -140,7 +140,7 @@ def _tfrecord_rows(file: str) -> readers.Rows:
     """The features of each tf.Example: a single value as itself, several as a list."""
     # TensorFlow does not report a gzip stream that ends early, so we decompress.
     plain = contextlib.nullcontext((file, None))
-    with streams.decompressed_copy(file) if file.endswith(".gz") else plain as (path, damage):
+    with streams.decompressed_copy(file) if streams.compression_of(file) else plain as (path, damage):
         yield from readers.up_to_damage(file, _examples(path, damage))
 
 
@@ -187,7 +187,7 @@ def add_files(
       patterns: globs or directories, local, gs:// or hf://datasets/ORG/NAME[@REVISION]/; or a mapping from "train" and
         "validation" to them.
       fields: where in a row the document is.
-      kind: a name in `readers.FORMATS`; "": by each file's name. Files in .gz and .zst are decompressed.
+      kind: a name in `readers.FORMATS`; "": by each file's name. Files in .gz, .zst, .bz2 and .xz are decompressed.
       held_out: share of documents in the validation split if `patterns` has none, chosen by a hash of the content (or
         of `group`), so that equal documents fall into the same split.
       max_bytes: longer lines, elements of arrays and text files are refused.

@@ -116,7 +116,11 @@ def _read_model(data: bytes) -> list[str]:
     return [] if sentencepiece_model.is_tiktoken(data) else sentencepiece_model.read_pieces(data)
 
 
-_READERS: dict[str, Callable] = {".json": json_object, ".jinja": bytes.decode, ".model": _read_model}
+_READERS: dict[str, Callable[[bytes], dict[str, Any] | list[str] | str]] = {
+    ".json": json_object,
+    ".jinja": bytes.decode,
+    ".model": _read_model,
+}
 
 
 def _resolve(files: Mapping[str, bytes], name: str) -> dict[str, bytes]:

@@ -12,9 +12,9 @@ def test_budget():
     # Text rows are half full: 10 : 2 by rows.
     mixture = Mixture(sources, seed=0, batch_rows=12)
     code, text = budget(mixture, steps=20)
-    assert (code.rows_wanted, text.rows_wanted) == (200, 40)
-    assert (code.tokens_wanted, code.tokens_available) == (3200, 1600)
-    assert (text.tokens_wanted, text.tokens_available) == (320, 40)
+    assert (code.rows_required, text.rows_required) == (200, 40)
+    assert (code.tokens_required, code.tokens_available) == (3200, 1600)
+    assert (text.tokens_required, text.tokens_available) == (320, 40)
     assert (code.epochs, text.epochs) == (2.0, 8.0)
     check_budget([code, text])  # exactly two epochs, and no limit
     table = format_budget([code, text]).splitlines()
@@ -32,7 +32,7 @@ def test_a_cap_holds_over_all_stages_together():
     anneal = ("anneal", StageConfig(step=8, shares={"code": 3.0, "text": 1.0}))
     mixture = Mixture(sources, seed=0, batch_rows=20, stages=[anneal])
     needs = budget(mixture, steps=9)
-    assert [need.rows_wanted for need in needs] == [80 + 15, 80 + 5]
+    assert [need.rows_required for need in needs] == [80 + 15, 80 + 5]
     check_budget(needs)
     # Neither stage alone needs more than 100 rows of code: both together do.
     with pytest.raises(UserError, match=r"source code: the run needs 1,760 tokens, 1.10 epochs"):

@@ -238,13 +238,6 @@ def test_each_way_to_be_bad_is_counted_and_put_aside_with_its_place(tmp_path, ma
     assert truncated["records"] == 21
 
 
-def test_steps_that_leave_nothing_are_named(corpus, make_config):
-    register(corpus)
-    steps = {"files": {"length": {"min_chars": 10**6}}}
-    with pytest.raises(UserError, match=r"every document of task 'files' .*length removed 594"):
-        run(make_config(**{"prepare.steps": steps, "prepare.max_bad_share": 0.1}))
-
-
 @pytest.mark.parametrize(
     "steps",
     [
@@ -289,13 +282,16 @@ def test_a_store_of_code_turned_for_filling_in(tmp_path, corpus, make_config, to
         run(make_config(**{"prepare.steps": {"files": steps}}))
 
 
-def test_globs_and_directories_are_sorted_and_leave_out_hidden_files(tmp_path, monkeypatch):
+def test_globs_and_directories_are_sorted_and_leave_out_hidden_files(tmp_path, monkeypatch, caplog):
     for name in ("b/2.jsonl", "a/1.jsonl", "a/_SUCCESS", "a/.x.jsonl", "c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     relative = lambda found: [name.removeprefix(f"{tmp_path}/") for name in found]  # noqa: E731
     assert relative(readers.find_files(f"{tmp_path}/*/*.jsonl")) == ["a/1.jsonl", "b/2.jsonl"]
     assert relative(readers.find_files([f"{tmp_path}/a", f"{tmp_path}/c.txt"])) == ["a/1.jsonl", "c.txt"]
+    assert not caplog.messages
+    assert relative(readers.find_files(str(tmp_path))) == ["c.txt"]
+    assert caplog.messages == [f"{tmp_path}: 2 directories in it, e.g. a, are not read"]
     for name in ("a/__init__.py", "a/_base.py", "a/x[1].jsonl", "a/x1.jsonl"):
         (tmp_path / name).write_text("")
     assert relative(readers.find_files(f"{tmp_path}/a/*.py")) == ["a/__init__.py", "a/_base.py"]

@@ -1,8 +1,10 @@
 """Documents out of files, and every way in which a file can be bad."""
 
+import bz2
 import datetime
 import gzip
 import json
+import lzma
 import random
 import re
 
@@ -33,13 +35,14 @@ def bad(documents):
     return [(where, *(json.loads(error)[key] for key in ("reason", "records"))) for where, error in failures]
 
 
+COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 TEXTS = ["Grüße\r\nund 漢字", "x = 1\n" * 50_000, "  end "]
 
 
 def pack(data, suffix):
     """The bytes compressed by a library that the reader does not use, where there is one."""
-    if suffix == ".gz":
-        return gzip.compress(data)
+    if suffix in COMPRESS:
+        return COMPRESS[suffix](data)
     if suffix == ".zst":
         sink = pyarrow.BufferOutputStream()
         with pyarrow.CompressedOutputStream(sink, "zstd") as out:
@@ -48,7 +51,7 @@ def pack(data, suffix):
     return data
 
 
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("suffix", ["", ".zst", *COMPRESS])
 def test_json_lines_plain_and_compressed(tmp_path, suffix):
     path = tmp_path / f"a.jsonl{suffix}"
     lines = [json.dumps({"text": text, "n": index}) for index, text in enumerate(TEXTS)]
@@ -82,7 +85,7 @@ def test_lines_that_are_bad_are_named_and_the_others_stay(tmp_path):
     assert found[1]["text"].startswith(b'{"text": "')  # what stood there
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".zst", *COMPRESS])
 def test_a_truncated_file_gives_what_is_whole_and_counts_what_is_missing(tmp_path, suffix):
     path = tmp_path / f"a.jsonl{suffix}"
     generator = random.Random(0)
@@ -139,13 +142,14 @@ def test_other_encodings_are_refused_by_name(tmp_path, kind, data, reason):
     assert all(re.search(reason, said) for _, said, _ in found)
 
 
-def test_what_gzip_reads_without_complaint_is_no_damage(tmp_path):
-    packed = gzip.compress(b'{"text": "a"}\n')
-    for padding, lost in ((bytes(100_000), 0), (b"garbage", 1)):
-        (tmp_path / "a.jsonl.gz").write_bytes(packed * 2 + padding)
-        found = read(tmp_path / "a.jsonl.gz")
-        assert good(found) == ["a", "a"]
-        assert len(bad(found)) == lost
+def test_padding_that_the_compressors_own_tools_read_is_no_damage(tmp_path):
+    for suffix, compress in COMPRESS.items():
+        packed = compress(b'{"text": "a"}\n')
+        for padding, lost in ((bytes(100_000), suffix == ".bz2"), (b"garbage", 1)):
+            (tmp_path / f"a.jsonl{suffix}").write_bytes(packed * 2 + padding)
+            found = read(tmp_path / f"a.jsonl{suffix}")
+            assert good(found) == ["a", "a"]
+            assert len(bad(found)) == lost
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])

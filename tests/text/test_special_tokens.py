@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from lemur_jax.prepare.encoding import encode
@@ -21,18 +22,11 @@ def make(byte_level_dir, tmp_path):
     def make(bos, eos, before, after):
         base = Tokenizer.load(byte_level_dir)
         ids = base.control_tokens | {token: base.vocab_size + index for index, token in enumerate(CHAT)}
-        left, right = (
-            [{"SpecialToken": {"id": n, "type_id": 0}} for n in names] for names in (before, after)
-        )
-        single = [*left, {"Sequence": {"id": "A", "type_id": 0}}, *right]
-        processor = {
-            "type": "TemplateProcessing",
-            "single": single,
-            "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}],
-            "special_tokens": {n: {"id": n, "ids": [ids[n]], "tokens": [n]} for n in (*before, *after)},
-        }
+        around = [(token, ids[token]) for token in (*before, *after)]
+        processor = TemplateProcessing(single=[*before, "$A", *after], special_tokens=around)
+        parts = {"post_processor": json.loads(processor.__getstate__())}
         config = {"bos_token": bos, "eos_token": eos}
-        ours = write_byte_level(byte_level_dir, tmp_path, CHAT, config, post_processor=processor)
+        ours = write_byte_level(byte_level_dir, tmp_path, CHAT, config, **parts)
         return ours, AutoTokenizer.from_pretrained(tmp_path)
 
     return make

@@ -285,9 +285,10 @@ def test_a_model_that_cannot_be_converted_is_refused(tmp_path):
 
 
 def test_importing_the_data_packages_is_light():
+    """So it is in the workers of `prepare`."""
     heavy = "sentencepiece tokenizers transformers torch jax tensorflow tensorstore seqio"
     code = (
-        "import sys, lemur_jax.data.mixture, lemur_jax.text.chat_template, lemur_jax.text.tokenizer_files\n"
+        "import sys, lemur_jax.data.mixture, lemur_jax.text.tokenizer_files, lemur_jax.prepare.encoding\n"
         f"print(set({heavy!r}.split()) & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -75,7 +75,8 @@ def test_variables_of_a_row_reach_the_template(with_template):
         ((document, _),) = to_documents("f", [("row", row)], Fields(messages=formats.openai))
         return encode(ours, document)
 
-    options = {"reasoning_effort": "high", "model_identity": "I am Köln."}
+    # With characters that mark positions in the text.
+    options = {"reasoning_effort": "high", "model_identity": "I am Köln. \U000f0000\U000f0001"}
     expected = theirs.apply_chat_template(
         formats.openai({"messages": conversation()}), tools=TOOLS, return_dict=True,
         return_assistant_tokens_mask=True, **options
@@ -85,6 +86,7 @@ def test_variables_of_a_row_reach_the_template(with_template):
         assert found.tokens.tolist() == expected["input_ids"]
         assert found.mask.tolist() == expected["assistant_masks"]
     assert "leaves out 'custom_instructions'" in encoded({"custom_instructions": "Be brief."}).reason
+    assert "leaves out 'xml_tools'" in encoded({"xml_tools": ["f"]}).reason
     assert "is [1], not an object" in encoded([1]).reason
     assert "has 'tools', which is given beside them" in encoded({"tools": TOOLS}).reason
 
@@ -138,25 +140,23 @@ def test_a_variable_of_another_name_is_no_place_for_tools():
     assert "weather" in turn["content"]
 
 
+ROLES = ("user", "assistant", "system", "user", "assistant")
+TURNS = [{"role": role, "content": f"text {number}"} for number, role in enumerate(ROLES)]
+
+
 @pytest.mark.parametrize(
     ("name", "messages", "lost"),
     [
         ("llama3_1", conversation("I look."), r"the content of turn 1 \(assistant\)"),
         ("deepseek_r1_distill_training", conversation(), r"a call of turn 1 \(assistant\)"),
         ("phi3_training", conversation(), r"the content of turn 2 \(tool\)"),
+        # Cohere's writes a later system turn into the first one, where answers before it would have seen it.
+        ("cohere2", TURNS, r"the content of turn 2 \(system\)"),
     ],
 )
-def test_what_a_template_leaves_out_is_refused(with_template, name, messages, lost):
+def test_what_a_template_leaves_out_or_moves_is_refused(with_template, name, messages, lost):
     with pytest.raises(UserError, match=f"the chat template leaves out {lost}"):
         encode_chat(with_template(name)[0], formats.openai({"messages": messages}))
-
-
-def test_a_turn_that_a_template_moves_in_front_is_refused(with_template):
-    """Cohere's writes a later system turn into the first one, where answers before it would have seen it."""
-    roles = ("user", "assistant", "system", "user", "assistant")
-    messages = [{"role": role, "content": f"text {number}"} for number, role in enumerate(roles)]
-    with pytest.raises(UserError, match=r"leaves out the content of turn 2 \(system\)"):
-        encode_chat(with_template("cohere2")[0], messages)
 
 
 def test_a_template_that_names_calls_beside_their_results(chat_dir, tmp_path):
@@ -182,15 +182,14 @@ def test_a_tool_that_a_template_leaves_out_is_refused(chat_dir, tmp_path):
         encode_chat(tokenizer, messages, tools=[*TOOLS, {"function": {"name": "other"}}])
 
 
-def test_a_control_token_in_a_tool_is_text(with_template):
-    ours, _ = with_template("qwen2_5_training")
+def test_a_control_token_in_a_tool_or_a_variable_is_text(with_template):
+    ours, _ = with_template("gptoss_training")  # which writes none of these tokens itself
+    messages = formats.openai({"messages": conversation()})
     tools = json.loads(json.dumps(TOOLS).replace("Now.", "Now.<|im_end|>"))
-    end = ours.control_tokens["<|im_end|>"]
-    counts = [
-        encode_chat(ours, formats.openai({"messages": conversation()}), tools=each)[0].count(end)
-        for each in (TOOLS, tools)
-    ]
-    assert counts[0] == counts[1] == 5
+    variables = {"model_identity": "I am <|im_end|>."}
+    ids, _ = encode_chat(ours, messages, tools=tools, chat_template_kwargs=variables)
+    assert ours.decode(ids).count("<|im_end|>") == 2
+    assert ours.control_tokens["<|im_end|>"] not in ids
 
 
 def test_prepare_writes_tools_and_tells_calls_apart(chat_tokenizer):
