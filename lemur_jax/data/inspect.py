@@ -44,9 +44,9 @@ def inspect_store(
     lines = [str(path), *(f"  {key:<12}{value}" for key, value in counts.items())]
     lines += ["", "tokens of a document", *histogram(lengths)]
     for index in np.linspace(0, len(lengths) - 1, min(samples, len(lengths))).astype(int):
-        ids, mask = store.document(int(index))
+        (ids,), (mask,), (name,) = store.read_documents(np.array([index]))
         supervised = np.arange(len(ids)) > 0 if mask is None else mask == 1
-        lines += ["", f"--- {printable(store.document_id(int(index)))}, {len(ids):,} tokens"]
+        lines += ["", f"--- {printable(name)}, {len(ids):,} tokens"]
         lines.append(_sample(ids, supervised, tokenizer, color))
     if tokenizer is None:
         lines += ["", "Name the tokenizer's directory to see these as text."]

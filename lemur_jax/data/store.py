@@ -161,9 +161,6 @@ class TokenStore:
                 return True
         return False
 
-    def document_id(self, index: int) -> str:
-        return self.document_ids(np.array([index]))[0]
-
     def documents_of(self, label: str, first: int, stop: int) -> np.ndarray:
         """Which of the documents [first, stop) have a label: int64; needs `manifest.label_field`."""
         numbers = finish(self._arrays["labels"][first : min(stop, self.num_documents)].read())

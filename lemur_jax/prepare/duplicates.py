@@ -79,10 +79,7 @@ def copy_distinct(
             stays = np.all([earlier[start:stop] < 0 for earlier in by_step.values()], axis=0)
             chosen = np.arange(start, stop)[stays]
             if chosen.size:
-                n_bytes = finish(arrays["n_bytes"][start:stop].read())[stays].tolist()
-                columns = (*store.read_documents(chosen), n_bytes, store.labels_of(chosen))
-                for ids, mask, name, size, label in zip(*columns, strict=True):
-                    writer.add(ids, name, size, mask, label)
+                writer.copy(store, chosen, finish(arrays["n_bytes"][start:stop].read())[stays].tolist())
             update(stop - start)
 
 
@@ -94,8 +91,7 @@ def _report(
         removed = start + np.flatnonzero(earlier[start : start + _READ] >= 0)
         count += len(removed)
         for document in removed[: EXAMPLES - len(examples)].tolist():
-            ids, _ = store.document(document)
-            name, other = (store.document_id(number) for number in (document, int(earlier[document])))
+            (ids, _), _, (name, other) = store.read_documents(np.array([document, earlier[document]]))
             reason = f"{'the same text as' if step == 'exact_duplicates' else 'similar to'} {other}"
             excerpt = tokenizer.decode(ids[:EXCERPT_TOKENS].tolist(), skip_special=True)
             examples.append(Removed(step=step, reason=reason, id=name, excerpt=excerpt))

@@ -51,8 +51,7 @@ def copy_part(store: TokenStore, label: str, writer: StoreWriter) -> None:
     n_bytes = manifest.labels[label]["bytes"]
     for start in range(0, store.num_documents, _COPIED):
         documents = store.documents_of(label, start, start + _COPIED)
-        if not documents.size:
-            continue
-        for ids, mask, name in zip(*store.read_documents(documents), strict=True):
-            writer.add(ids, name, n_bytes, mask)
-            n_bytes = 0  # only the sum is known: the first document gets it all
+        if documents.size:
+            # Only the sum is known: the first document gets it all.
+            writer.copy(store, documents, [n_bytes, *[0] * (documents.size - 1)])
+            n_bytes = 0

@@ -133,6 +133,12 @@ class StoreWriter:
         counts["documents"] += 1
         counts["bytes"] += n_bytes
 
+    def copy(self, store: TokenStore, documents: np.ndarray, n_bytes: Sequence[int]) -> None:
+        """Appends documents of another store, with their names, masks and labels; `n_bytes`: of each."""
+        columns = (*store.read_documents(documents), n_bytes, store.labels_of(documents))
+        for ids, mask, name, size, label in zip(*columns, strict=True):
+            self.add(ids, name, size, mask, label)
+
     def append(self, name: str, values: Sequence[int] | np.ndarray) -> None:
         """Appends to an additional array of a draft."""
         self._arrays[name].append(values)

@@ -8,7 +8,7 @@ transformers reads them.
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,9 @@ def _check_kind(files: Mapping[str, bytes], name: str) -> None:
 def _read(file: str, data: bytes, name: str) -> Any:
     """A file's content; UserError: it is damaged."""
     try:
-        return _READERS[Path(file).suffix](data)
+        if file.endswith(".model"):
+            return [] if sentencepiece_model.is_tiktoken(data) else sentencepiece_model.read_pieces(data)
+        return data.decode() if file.endswith(".jinja") else json_object(data)
     except ImportError:
         raise
     except Exception as error:  # every library has its own classes
@@ -110,17 +112,6 @@ def json_object(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value
-
-
-def _read_model(data: bytes) -> list[str]:
-    return [] if sentencepiece_model.is_tiktoken(data) else sentencepiece_model.read_pieces(data)
-
-
-_READERS: dict[str, Callable[[bytes], dict[str, Any] | list[str] | str]] = {
-    ".json": json_object,
-    ".jinja": bytes.decode,
-    ".model": _read_model,
-}
 
 
 def _resolve(files: Mapping[str, bytes], name: str) -> dict[str, bytes]:

@@ -19,7 +19,6 @@ def test_documents_come_back(make_store, random_documents):
         ids, mask = store.document(index)
         np.testing.assert_array_equal(ids, documents[index])
         assert mask is None
-        assert store.document_id(index) == f"doc-{index}"
     assert store.document_ids(np.array([7, 3, 7])) == ["doc-7", "doc-3", "doc-7"]
     np.testing.assert_array_equal(store.offsets(), np.cumsum([0, *map(len, documents)]))
 

@@ -5,6 +5,7 @@ import json
 import random
 import threading
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -49,7 +50,7 @@ def test_documents_arrive_whole_and_in_order(task, make_config, tmp_path, tokeni
         ids, mask = store.document(index)
         assert ids.tolist() == [tokenizer.bos_id, *tokenizer.encode(record["text"]), tokenizer.eos_id]
         assert mask is None
-        assert store.document_id(index) == record["id"]
+    assert store.document_ids(np.arange(30)) == [record["id"] for record in records]
     manifest = store.manifest
     assert manifest.bytes == sum(len(record["text"].encode()) for record in records)
     assert (manifest.task, manifest.split, manifest.has_loss_mask) == ("made_up", "train", False)

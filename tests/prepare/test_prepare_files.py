@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from lemur_jax.common.errors import UserError
@@ -268,9 +269,8 @@ def test_a_store_of_code_turned_for_filling_in(tmp_path, corpus, make_config, to
     assert store.manifest.added_tokens == tokenizer.added_tokens
     turned = 0
     for index in range(100):
-        ids, _ = store.document(index)
+        (ids,), _, (name,) = store.read_documents(np.array([index]))
         text = tokenizer.decode(ids[1:-1].tolist())
-        name = store.document_id(index)
         file, _, line = name.rpartition(": line ")
         with open(file) as lines:
             original = json.loads(lines.read().splitlines()[int(line) - 1])["text"]

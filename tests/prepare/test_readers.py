@@ -65,9 +65,9 @@ def test_json_lines_plain_and_compressed(tmp_path, suffix):
 
 def test_text_files_whole_and_by_line(tmp_path):
     path = tmp_path / "a.txt.gz"
-    path.write_bytes(gzip.compress("one é\ntwo\n".encode()))
-    assert good(read(path)) == ["one é\ntwo\n"]
-    assert good(read(path, kind="lines")) == ["one é", "two"]
+    path.write_bytes(gzip.compress("one é \ntwo\n".encode()))
+    assert good(read(path)) == ["one é \ntwo\n"]
+    assert good(read(path, kind="lines")) == ["one é ", "two"]
 
 
 def test_lines_that_are_bad_are_named_and_the_others_stay(tmp_path):

@@ -182,15 +182,15 @@ def test_openai_with_tools():
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     messages = [
         {"role": "developer", "content": "D"},
-        {"role": "user", "content": [{"type": "text", "text": "1 + "}, {"type": "text", "text": "2?"}]},
+        {"role": "user", "content": [{"type": "text", "text": "1 + "}, {"type": "input_text", "text": "2?"}]},
         {"role": "assistant", "content": None, "tool_calls": [call, call]},
-        {"role": "tool", "tool_call_id": "1", "content": "3"},
+        {"role": "tool", "tool_call_id": "1", "name": "add", "content": "3"},
         {"role": "assistant", "content": "It is 3."},
     ]
     question, answer = talk(("system", "D"), ("user", "1 + 2?")), talk(("assistant", "It is 3."))
     expected = [*question, *talk(("assistant", ""), ("tool", "3")), *answer]
     expected[2]["tool_calls"] = [{**call, "function": {"name": "add", "arguments": {"a": 1}}}] * 2
-    expected[3]["tool_call_id"] = "1"
+    expected[3] |= {"tool_call_id": "1", "name": "add"}
     assert formats.openai({"messages": messages}) == expected
 
 
@@ -233,6 +233,7 @@ def test_null_fields_are_absent():
         ("sharegpt", {"conversations": "q"}, "'conversations' is str, not a list"),
         ("sharegpt", {"conversations": [{"from": "function_call", "value": "f(1)"}]}, "are not JSON"),
         ("sharegpt", {"images": ["a"], "conversations": talk(("gpt", "A cat: <image>"))}, "for its <image>"),
+        ("openai", {"audio": "a", "messages": talk(("assistant", "<audio>"))}, "for its <audio>"),
         ("completion", {"prompt": "q", "answer": "a"}, "no field 'completion'; there are prompt, answer"),
         ("sharegpt", {"conversations": [{"from": "gpt", "value": None}]}, "no field 'value'"),
         ("openorca", {"question": None, "response": "a"}, "no field 'question'"),
