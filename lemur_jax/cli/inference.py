@@ -38,6 +38,7 @@ def add_verbs(verbs: Verbs) -> None:
     _add_inference(parser)
     parser.add_argument("--prompt", action="append", help="ask this and stop; default: start a conversation")
     parser.add_argument("--system", default="", help="system message")
+    _add_template_kwargs(parser)
 
     parser = add_verb(
         verbs,
@@ -59,6 +60,7 @@ def add_verbs(verbs: Verbs) -> None:
     add_checkpoint(parser)
     parser.add_argument("--host", default="127.0.0.1", help="default: this machine alone can reach it")
     parser.add_argument("--port", type=int, default=8000)
+    _add_template_kwargs(parser)
 
 
 def _generate(args) -> None:
@@ -103,15 +105,17 @@ def prompt_seeds(prompts: Sequence[str]) -> list[int]:
 
 
 def _chat(args) -> None:
-    from lemur_jax.text.chat_template import chat_template
+    from lemur_jax.infer.chat import Options
+
+    sampling, kwargs = _sampling(args), _template_kwargs(args)
+    options = Options(max_new_tokens=args.max_new_tokens, sampling=sampling, chat_template_kwargs=kwargs)
 
     def check(tokenizer) -> None:
         if not args.prompt:
             require_single_host("a conversation cannot be typed into several hosts: give --prompt")
         check_texts("--prompt", args.prompt or [])
         check_texts("--system", [args.system])
-        chat_template(tokenizer)
-        _sampling(args)
+        options.encode(tokenizer, [{"role": "user", "content": "-"}])
 
     with open_session(args, check) as session:
         from lemur_jax.cluster import hosts
@@ -131,9 +135,8 @@ def _chat(args) -> None:
             session,
             args.prompt or read_input(),
             lambda text: print(text, end="", flush=True) if hosts.is_primary() else None,
+            options,
             system=args.system,
-            max_new_tokens=args.max_new_tokens,
-            sampling=_sampling(args),
             continue_on_error=not args.prompt,
         )
 
@@ -166,11 +169,14 @@ def _smoke(args) -> None:
 
 
 def _serve(args) -> None:
-    sockets = []
+    sockets, kwargs = [], _template_kwargs(args)
 
     def check(tokenizer) -> None:
+        from lemur_jax.infer.chat import Options
         from lemur_jax.infer.serve import listen
 
+        if kwargs:
+            Options(chat_template_kwargs=kwargs).encode(tokenizer, [{"role": "user", "content": "-"}])
         require_single_host("requests would come to one of several hosts: serve from one host")
         sockets.append(listen(args.host, args.port))
 
@@ -178,7 +184,22 @@ def _serve(args) -> None:
         from lemur_jax.infer.serve import serve
 
         name = os.path.basename(os.path.normpath(args.checkpoint))
-        serve(session, name, sockets[0], host=args.host)
+        serve(session, name, sockets[0], host=args.host, chat_template_kwargs=kwargs)
+
+
+def _add_template_kwargs(parser: argparse.ArgumentParser) -> None:
+    text = "variables of the chat template, e.g. '{\"enable_thinking\": false}'"
+    parser.add_argument("--chat-template-kwargs", default="{}", metavar="JSON", help=text)
+
+
+def _template_kwargs(args) -> dict:
+    try:
+        kwargs = json.loads(args.chat_template_kwargs)
+    except ValueError as error:
+        raise UserError(f"--chat-template-kwargs is not JSON: {error}") from error
+    if not isinstance(kwargs, dict):
+        raise UserError(f"--chat-template-kwargs is {kwargs!r:.50}, not an object")
+    return kwargs
 
 
 def _sampling(args):

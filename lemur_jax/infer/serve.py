@@ -7,13 +7,13 @@ log-probabilities in one stream, embeddings and keys. For production, serve the 
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
-import secrets
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Generator, Sequence
+from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from typing import Any
 
 import uvicorn
@@ -29,7 +29,6 @@ from lemur_jax.infer.complete import answers, pieces, with_text
 from lemur_jax.infer.engine import Engine, check_ids, check_request
 from lemur_jax.infer.engine import Request as Generation
 from lemur_jax.infer.generate import Completion, make_requests
-from lemur_jax.infer.sampling import Sampling
 from lemur_jax.infer.score import score
 from lemur_jax.infer.serve_requests import (
     CHAT_FIELDS,
@@ -38,15 +37,16 @@ from lemur_jax.infer.serve_requests import (
     Json,
     answers_wanted,
     check_host,
-    check_stream,
     disconnect,
     flag,
     messages_of,
     number,
+    object_of,
     prompts_of,
     read_body,
+    sampling_of,
     stops,
-    usage_wanted,
+    stream_wanted,
 )
 from lemur_jax.infer.serve_worker import END, Job, Worker
 from lemur_jax.infer.session import Session
@@ -75,14 +75,21 @@ def listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def serve(session: Session, name: str, listening: socket.socket, *, host: str) -> None:
-    """Answers requests on the socket of `listen(host, ...)` until interrupted."""
+def serve(
+    session: Session,
+    name: str,
+    listening: socket.socket,
+    *,
+    host: str,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """Answers requests on the socket of `listen(host, ...)` until interrupted; see `application`."""
     address = f"[{host}]" if ":" in host else host
     logger.info("serving %s at http://%s:%s/v1", name, address, listening.getsockname()[1])
     # With one address, another name in `Host` belongs to a web page whose name resolves to it (DNS rebinding).
     any_address = host in ("0.0.0.0", "::", "")
     hosts = None if any_address else (host, "localhost", "127.0.0.1", "::1")
-    app = application(session, name, hosts)
+    app = application(session, name, hosts, chat_template_kwargs)
     try:
         with contextlib.suppress(KeyboardInterrupt):
             config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=STOP_SECONDS)
@@ -91,13 +98,19 @@ def serve(session: Session, name: str, listening: socket.socket, *, host: str) -
         app.state.worker.stop()
 
 
-def application(session: Session, name: str, hosts: Sequence[str] | None = None) -> Starlette:
+def application(
+    session: Session,
+    name: str,
+    hosts: Sequence[str] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> Starlette:
     """The ASGI application.
 
     Args:
       hosts: accepted names in `Host` and `Origin`; None: any `Host`, and no `Origin`.
+      chat_template_kwargs: variables of the chat template, for requests that do not set them.
     """
-    server = _Server(session, name, hosts)
+    server = _Server(session, name, hosts, chat_template_kwargs or {})
     app = Starlette(
         routes=[
             Route("/v1/models", server.models, methods=["GET"]),
@@ -124,7 +137,8 @@ async def _fail(request: Request, error: Exception) -> Response:
 
 def _error(message: str, kind: str) -> Json:
     # In ASCII: a client's text may be in the message.
-    return {"error": {"message": message[:500].encode("ascii", "backslashreplace").decode(), "type": kind}}
+    text = message[:500].encode("ascii", "backslashreplace").decode()
+    return {"error": {"message": text, "type": kind, "param": None, "code": None}}
 
 
 def _usage(prompts: Sequence[Sequence[int]], answers: Sequence[Completion]) -> Json:
@@ -135,8 +149,10 @@ def _usage(prompts: Sequence[Sequence[int]], answers: Sequence[Completion]) -> J
 class _Server:
     """The three routes over one session."""
 
-    def __init__(self, session: Session, name: str, hosts: Sequence[str] | None):
-        self.session, self.name = session, name
+    def __init__(
+        self, session: Session, name: str, hosts: Sequence[str] | None, template_options: Mapping[str, Any]
+    ):
+        self.session, self.name, self.template_options = session, name, template_options
         self.hosts = hosts and [host.lower() for host in hosts]  # as `urlsplit` gives the names of requests
         self.tokenizer = session.need_tokenizer()
         self.worker = Worker(session)
@@ -159,20 +175,17 @@ class _Server:
             )
         ids = await run_in_threadpool(lambda: [self._ids(text) for text in texts])
         prompts = [prompt for prompt in ids for _ in range(copies)]
-        echo, top = flag(body, "echo"), None
+        echo, top, streamed = flag(body, "echo"), None, stream_wanted(body, len(prompts))
         if body.get("logprobs") is not None and body["logprobs"] is not False:
             top = number(body, "logprobs", 0, 0, MAX_TOP_LOGPROBS)
-        if flag(body, "stream"):
-            check_stream(body, len(prompts))
-            return await self._stream(request, body, self._asked(body, prompts, 16), "text_completion")
         # With max_tokens 0 nothing is generated: the prompt is scored.
-        max_length = self.session.model.max_position_embeddings
-        prompt_only = number(body, "max_tokens", 1, 0, max_length) == 0
-        asked = None if prompt_only else self._asked(body, prompts, 16)
+        asked = self._asked(body, prompts, 16, least=int(streamed))
+        if streamed:
+            return await self._stream(request, body, asked, "text_completion")
 
         def work(engine: Engine) -> Generator[Json | None]:
             completions = [Completion(tokens=(), logprobs=(), finish_reason="length")] * len(prompts)
-            if asked:
+            if asked[0]:
                 completions = yield from self._answers(engine, asked)
             choices = []
             for index, (prompt, answer) in enumerate(zip(prompts, completions, strict=True)):
@@ -181,7 +194,7 @@ class _Server:
                 shown = None if top is None else self._logprobs(prompt, echo, answer, text, top)
                 reason = answer.finish_reason
                 choices.append({"index": index, "text": text, "logprobs": shown, "finish_reason": reason})
-            yield self._response("text_completion", "cmpl", choices, prompts[::copies], completions)
+            yield self._response("text_completion", choices, prompts[::copies], completions)
 
         return JSONResponse(await self._first(request, Job(work)))
 
@@ -193,10 +206,11 @@ class _Server:
             raise UserError("top_logprobs needs logprobs: true")
         messages = messages_of(body)
         self._check_length(sum(len(message["content"]) for message in messages))
-        prompt, _ = await run_in_threadpool(encode_chat, self.tokenizer, messages, add_generation_prompt=True)
+        options = {**self.template_options, **object_of(body, "chat_template_kwargs")}
+        encode = functools.partial(encode_chat, chat_template_kwargs=options, add_generation_prompt=True)
+        prompt, _ = await run_in_threadpool(encode, self.tokenizer, messages)
         asked = self._asked(body, [prompt] * copies, 256)
-        if flag(body, "stream"):
-            check_stream(body, copies)
+        if stream_wanted(body, copies):
             return await self._stream(request, body, asked, "chat.completion.chunk")
 
         def work(engine: Engine) -> Generator[Json | None]:
@@ -211,7 +225,7 @@ class _Server:
                 }
                 for index, (prompt, answer) in enumerate(zip(prompts, completions, strict=True))
             ]
-            yield self._response("chat.completion", "chatcmpl", choices, prompts[:1], completions)
+            yield self._response("chat.completion", choices, prompts[:1], completions)
 
         return JSONResponse(await self._first(request, Job(work)))
 
@@ -230,8 +244,13 @@ class _Server:
         self._check_length(len(prompt))
         return self.tokenizer.encode_prompt(prompt, control_tokens=True)
 
-    def _asked(self, body: Json, prompts: list[list[int]], default: int) -> AnswerSpec:
-        """What to generate, checked; `default` tokens at most, or what there is space for, if the client names none."""
+    def _asked(self, body: Json, prompts: list[list[int]], default: int, least: int = 1) -> AnswerSpec:
+        """What to generate, checked.
+
+        Args:
+          default: most tokens if the client names no number, or what there is space for.
+          least: that the client may name; 0 is a list of no requests.
+        """
         max_length = self.session.model.max_position_embeddings
         key, other = "max_tokens", "max_completion_tokens"
         if body.get(key) is None:
@@ -239,19 +258,11 @@ class _Server:
         if body.get(other) not in (None, body.get(key)):
             raise UserError(f"{key} and {other} differ: give one of them")
         space = max_length - max(map(len, prompts))
-        limit = number(body, key, max(1, min(default, space)), 1, max_length)
+        limit = number(body, key, max(1, min(default, space)), least, max_length)
+        sampling, seed = sampling_of(body)
+        prompts = prompts if limit else []
         for prompt in prompts:
             check_request(self.session, "the prompt", prompt, limit)
-        seed = number(body, "seed", secrets.randbits(32), -(2**63), 2**63)
-        top_k = number(body, "top_k", 0, -1, 2**31)
-        sampling = Sampling(
-            temperature=number(body, "temperature", 1.0, 0.0, 100.0),  # OpenAI's default
-            top_p=number(body, "top_p", 1.0, 0.0, 1.0),
-            top_k=max(0, top_k),  # -1 is vLLM's word for all
-            min_p=number(body, "min_p", 0.0, 0.0, 1.0),
-            repetition_penalty=number(body, "repetition_penalty", 1.0, 0.0, 100.0),
-            seed=seed % 2**32,
-        )
         seeds = [seed + index for index in range(len(prompts))]
         return make_requests(prompts, limit, stop_ids(self.tokenizer), sampling, seeds), stops(body)
 
@@ -274,7 +285,7 @@ class _Server:
 
     async def _stream(self, request: Request, body: Json, asked: AnswerSpec, kind: str) -> Response:
         (generation,), stop_strings = asked
-        head, with_usage = self._head(kind, "stream"), usage_wanted(body)
+        head, with_usage = self._head(kind), flag(object_of(body, "stream_options"), "include_usage")
         if with_usage:
             head["usage"] = None  # in all chunks but the last, which has no choices
 
@@ -371,9 +382,14 @@ class _Server:
             for top, token, value in zip(tops, tokens, logprobs, strict=True)
         ]
 
-    def _response(self, kind: str, prefix: str, choices, prompts, answers) -> Json:
-        return self._head(kind, prefix) | {"choices": choices, "usage": _usage(prompts, answers)}
+    def _response(self, kind: str, choices, prompts, answers) -> Json:
+        return self._head(kind) | {"choices": choices, "usage": _usage(prompts, answers)}
 
-    def _head(self, kind: str, prefix: str) -> Json:
-        id = f"{prefix}-{uuid.uuid4().hex}"
-        return {"id": id, "object": kind, "created": int(time.time()), "model": self.name}
+    def _head(self, kind: str) -> Json:
+        prefix = "cmpl" if kind == "text_completion" else "chatcmpl"
+        return {
+            "id": f"{prefix}-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self.name,
+        }

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import secrets
 import urllib.parse
 from collections.abc import Sequence, Set
 from typing import Any, TypeVar
@@ -11,6 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from lemur_jax.common.errors import UserError
+from lemur_jax.infer.sampling import Sampling
+from lemur_jax.text.chat_template import THOUGHTS
 from lemur_jax.text.conversation_formats import openai_messages
 
 Json = dict[str, Any]
@@ -25,11 +28,15 @@ _READ = {
     "max_tokens", "max_completion_tokens", "n", "best_of", "stop", "stream", "stream_options", "logprobs", "seed",
     "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
 }  # fmt: skip
-COMPLETION_FIELDS, CHAT_FIELDS = {*_READ, "prompt", "echo"}, {*_READ, "messages", "top_logprobs"}
+COMPLETION_FIELDS = {*_READ, "prompt", "echo"}
+CHAT_FIELDS = {*_READ, "messages", "top_logprobs", "chat_template_kwargs"}
 _WITHOUT_EFFECT = {
     "model", "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "request_id",
     "parallel_tool_calls", "priority",
 }  # fmt: skip
+# Fields of a message of any role, and of some roles.
+_MESSAGE_FIELDS = {"role", "content", "name"}
+_ROLE_FIELDS = {"assistant": {"tool_calls", "function_call", *THOUGHTS}, "tool": {"tool_call_id"}}
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 _DONE_ANYWAY = {
     "response_format": ({"type": "text"},),
@@ -39,6 +46,8 @@ _DONE_ANYWAY = {
     "length_penalty": (1,),
     "add_generation_prompt": (True,),
     "add_special_tokens": (True,),
+    "detokenize": (True,),
+    "include_reasoning": (True,),
 }
 
 
@@ -78,11 +87,16 @@ async def read_body(request: Request, hosts: Sequence[str] | None, fields: Set[s
         raise UserError(f"the request is not JSON: {str(error)[:200]}") from error
     if not isinstance(body, dict):
         raise UserError("the request must be a JSON object")
-    for field, value in body.items():
-        accepted = value in _EMPTY or value in _DONE_ANYWAY.get(field, (False, 0))
-        if not accepted and field not in fields | _WITHOUT_EFFECT:
-            raise UserError(f"{field:.50} is not supported: leave it out")
+    _check_fields(body, fields | _WITHOUT_EFFECT)
     return body
+
+
+def _check_fields(given: Json, known: Set[str], where: str = "") -> None:
+    """Raises UserError for a field outside `known` that asks for something."""
+    for field, value in given.items():
+        asks = value not in _EMPTY and value not in _DONE_ANYWAY.get(field, (False, 0))
+        if asks and field not in known:
+            raise UserError(f"{where}{field:.50} is not supported: leave it out")
 
 
 async def disconnect(request: Request) -> None:
@@ -109,20 +123,27 @@ def answers_wanted(body: Json) -> int:
     return count
 
 
-def check_stream(body: Json, answers: int) -> None:
-    """Refuses what a stream does not have."""
+def stream_wanted(body: Json, answers: int) -> bool:
+    """Whether to stream; UserError for what a stream does not have, or what only a stream has."""
+    options = object_of(body, "stream_options")
+    _check_fields(options, {"include_usage"}, "stream_options.")
+    if not flag(body, "stream"):
+        if options:
+            raise UserError("stream_options needs stream: true")
+        return False
     if answers != 1:
         raise UserError("stream one answer to one prompt at a time")
     for field in ("echo", "logprobs"):
         if (value := body.get(field)) is not None and value is not False:
             raise UserError(f"a stream has no {field}: leave out {field} or stream")
+    return True
 
 
-def usage_wanted(body: Json) -> bool:
-    options = body.get("stream_options") or {}
-    if not isinstance(options, dict):
-        raise UserError(f"stream_options is {options!r:.50}: it must be an object")
-    return flag(options, "include_usage")
+def object_of(body: Json, key: str) -> Json:
+    value = body.get(key) or {}
+    if not isinstance(value, dict):
+        raise UserError(f"{key} is {value!r:.50}: it must be an object")
+    return value
 
 
 def prompts_of(body: Json) -> list[str | list[int]]:
@@ -145,11 +166,18 @@ def messages_of(body: Json) -> list[Json]:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise UserError("messages must be a list of at least one message")
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("name") or "", str):
+            raise UserError(f"messages[{index}] is {message!r:.50}: it must be an object, its name a string")
+        known = _MESSAGE_FIELDS | _ROLE_FIELDS.get(str(message.get("role")), set())
+        _check_fields(message, known, f"messages[{index}].")
     try:
-        # Training data ends with an answer.
-        return openai_messages([*messages, {"role": "assistant", "content": "-"}])[:-1]
+        # Training data ends with an answer. Those with weight 0 may be empty.
+        past = [{**message, "weight": 0} if message.get("content") == "" else message for message in messages]
+        turns = openai_messages([*past, {"role": "assistant", "content": "-"}])[:-1]
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"messages: {error}") from error
+    return [turn | {"name": message.get("name")} for turn, message in zip(turns, messages, strict=True)]
 
 
 def stops(body: Json) -> list[str]:
@@ -159,6 +187,21 @@ def stops(body: Json) -> list[str]:
     if not strings or len(stops) > MAX_STOPS:
         raise UserError(f"stop must be a string or a list of at most {MAX_STOPS} strings")
     return [stop for stop in stops if stop]
+
+
+def sampling_of(body: Json) -> tuple[Sampling, int]:
+    """How tokens are drawn, and the seed of the first answer."""
+    seed = number(body, "seed", secrets.randbits(32), -(2**63), 2**63)
+    top_k = number(body, "top_k", 0, -1, 2**31)
+    sampling = Sampling(
+        temperature=number(body, "temperature", 1.0, 0.0, 100.0),  # OpenAI's default
+        top_p=number(body, "top_p", 1.0, 0.0, 1.0),
+        top_k=max(0, top_k),  # -1 is vLLM's word for all
+        min_p=number(body, "min_p", 0.0, 0.0, 1.0),
+        repetition_penalty=number(body, "repetition_penalty", 1.0, 0.0, 100.0),
+        seed=seed % 2**32,
+    )
+    return sampling, seed
 
 
 def number(body: Json, key: str, default: Number, low: float, high: float) -> Number:

@@ -142,7 +142,9 @@ def _render(
     for name, value in options.items():
         if name in ("messages", "tools", "add_generation_prompt"):
             raise UserError(f"chat_template_kwargs has {name!r}, which is given beside them")
-        if isinstance(value, str | list) and value and not re.search(rf"\b{re.escape(name)}\b", template):
+        # A switch in training data may be for other templates.
+        asks = value not in (None, "", [], {}) and (add_generation_prompt or isinstance(value, str | list))
+        if asks and not re.search(rf"\b{re.escape(name)}\b", template):
             raise UserError(f"the chat template leaves out {name!r} of chat_template_kwargs, {value!r:.40}")
     turns, tools = tool_calls.for_template(template, messages, tools)
     all_text = json.dumps([turns, tools, options], ensure_ascii=False, default=str) + template
@@ -202,7 +204,7 @@ def _mark_name(function: Mapping[str, Any], mark: str) -> dict[str, Any]:
 def _check_complete(
     compose: Callable[..., str], turns: Sequence[Message], tools: tool_calls.Tools, marks: Iterator[str]
 ) -> None:
-    """Raises UserError if the text of a conversation lacks a content, a call or a tool.
+    """Raises UserError if the text of a conversation lacks a content, a name, a call or a tool.
 
     The text is composed once more for that: a mark in a content could change what a template does with it.
     """
@@ -216,6 +218,8 @@ def _check_complete(
     for index, turn in enumerate(turns):
         where = f"of turn {index} ({turn['role']})"
         says = turn["content"].strip() or turn.get("tool_calls")
+        if turn.get("name") and turn["role"] != "tool":
+            turn = _mark_name(turn, mark(f"the name {where}"))
         marked.append(_mark_turn(turn, lambda what, where=where: mark(f"{what} {where}")) if says else turn)
     marked_tools = []
     for tool in tools:

@@ -272,7 +272,7 @@ def _parts(content: Any) -> str:
     kinds = [_get(part, "type") for part in content]
     unsupported = [kind for kind in kinds if kind not in ("text", "input_text", "output_text")]
     if unsupported:
-        raise ValueError(f"a message has a part of type {unsupported[0]!r}; only text can be trained on")
+        raise ValueError(f"a message has a part of type {unsupported[0]!r}; only text is supported")
     return "".join(_get(part, "text") for part in content)
 
 

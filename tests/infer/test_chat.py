@@ -4,13 +4,14 @@ import pytest
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.infer import chat
-from lemur_jax.infer.chat import converse, reply
+from lemur_jax.infer.chat import Options, converse, reply
 from lemur_jax.infer.complete import complete
 from lemur_jax.text.chat_template import encode_chat
 from lemur_jax.text.tokenizer_files import extend
 from tests.helpers.sessions import recite
 
 ANSWER = "yes: 😀!"
+SHORT = Options(max_new_tokens=20)
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +23,18 @@ def parrot(small_chat_tokenizer):
     return recite(small_chat_tokenizer, ids)
 
 
+def test_variables_reach_the_template(parrot, monkeypatch):
+    monkeypatch.setattr(parrot.tokenizer, "chat_template", "{{ x + '\n' }}")
+    options = Options(max_new_tokens=20, chat_template_kwargs={"x": "given"})
+    messages = [{"role": "user", "content": ""}]
+    assert parrot.tokenizer.decode(options.encode(parrot.tokenizer, messages)) == "given\n"
+    assert "".join(reply(parrot, messages, options)) == ANSWER
+
+
 def test_an_answer_is_streamed_without_its_end(parrot, monkeypatch):
     """Token by token; a character of several tokens is held back until it is whole."""
     monkeypatch.setattr(chat, "STEPS", 1)
-    pieces = list(reply(parrot, [{"role": "user", "content": "hello <|im_end|>"}], max_new_tokens=20))
+    pieces = list(reply(parrot, [{"role": "user", "content": "hello <|im_end|>"}], SHORT))
     assert "".join(pieces) == ANSWER
     assert len(pieces) > 4
     assert all(pieces)
@@ -44,7 +53,7 @@ def test_llama_3_ends_a_turn_with_its_own_token(small_chat_tokenizer, tmp_path):
     newline, answer, more = (tokenizer.encode(text, prefix=False) for text in ("\n", ANSWER, "xz"))
     ids = [*newline, *answer, tokenizer.control_tokens["<|eot_id|>"], *more]
     session = recite(tokenizer, ids)
-    assert "".join(reply(session, [{"role": "user", "content": "hi"}], max_new_tokens=20)) == ANSWER
+    assert "".join(reply(session, [{"role": "user", "content": "hi"}], SHORT)) == ANSWER
     (found,) = complete(session, [newline], max_new_tokens=20)
     assert (found.text, found.content, found.finish_reason) == (ANSWER, tuple(answer), "stop")
     assert found.tokens == (*answer, tokenizer.control_tokens["<|eot_id|>"])
@@ -60,7 +69,7 @@ def test_the_model_sees_the_whole_conversation(parrot, monkeypatch):
 
     monkeypatch.setattr(chat, "make_requests", spy)
     written = []
-    messages = converse(parrot, ["one\n", " ", "two\n"], written.append, system="be brief", max_new_tokens=20)
+    messages = converse(parrot, ["one\n", " ", "two\n"], written.append, SHORT, system="be brief")
     expected = [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "one"},
@@ -77,7 +86,7 @@ def test_the_model_sees_the_whole_conversation(parrot, monkeypatch):
 def test_commands(parrot):
     written = []
     lines = ["/help", "one", "/reset", "two", "/exit", "three"]
-    messages = converse(parrot, lines, written.append, max_new_tokens=20)
+    messages = converse(parrot, lines, written.append, SHORT)
     assert [message["content"] for message in messages] == ["two", ANSWER]
     assert written[0] == chat.HELP + "\n"
 
@@ -85,7 +94,7 @@ def test_commands(parrot):
 def test_old_turns_are_forgotten_aloud(parrot):
     written = []
     lines = ["tell me " + "a" * index for index in range(6)]
-    messages = converse(parrot, lines, written.append, system="s", max_new_tokens=20)
+    messages = converse(parrot, lines, written.append, SHORT, system="s")
     assert [message["role"] for message in messages[:2]] == ["system", "user"]
     assert messages[-2]["content"] == lines[-1]
     assert 3 <= len(messages) < 1 + 2 * len(lines)
@@ -93,13 +102,13 @@ def test_old_turns_are_forgotten_aloud(parrot):
 
 
 def test_a_turn_that_is_too_long_is_told_and_forgotten(parrot):
-    lines, options = ["one", "x y z " * 30, "two"], {"max_new_tokens": 20}
+    lines = ["one", "x y z " * 30, "two"]
     written = []
-    messages = converse(parrot, lines, written.append, continue_on_error=True, **options)
+    messages = converse(parrot, lines, written.append, SHORT, continue_on_error=True)
     assert [message["content"] for message in messages] == ["one", ANSWER, "two", ANSWER]
     assert any("max_position_embeddings 96" in text for text in written)
     with pytest.raises(UserError, match="max_position_embeddings 96"):
-        converse(parrot, lines, written.append, **options)
+        converse(parrot, lines, written.append, SHORT)
 
 
 def test_an_answer_cut_short_is_kept(parrot):
@@ -110,7 +119,7 @@ def test_an_answer_cut_short_is_kept(parrot):
         if len(written) == 1:
             raise KeyboardInterrupt
 
-    messages = converse(parrot, ["one", "two"], write, max_new_tokens=20)
+    messages = converse(parrot, ["one", "two"], write, SHORT)
     assert [message["role"] for message in messages] == ["user", "assistant"] * 2
     assert ANSWER.startswith(messages[1]["content"])
     assert messages[1]["content"] != ANSWER

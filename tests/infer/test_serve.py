@@ -8,10 +8,12 @@ pytest.importorskip("openai", reason="openai is not installed: pip install '.[ev
 
 import httpx
 import openai
+from starlette.testclient import TestClient
 
 from lemur_jax.agents.episodes import endpoint_agent
 from lemur_jax.infer.generate import generate
 from lemur_jax.infer.score import score
+from lemur_jax.infer.serve import application
 from lemur_jax.models import decoder
 from lemur_jax.models.decoder import Compute
 from lemur_jax.text.chat_template import render_chat
@@ -191,6 +193,16 @@ def test_chat(client, url):
         ({"temperature": 10**30}, "temperature is"),
         ({"prompt": "a" * 10_000}, "too many for the model's 128 tokens"),
         ({"prompt": ["a"] * 20, "n": 20}, "one request may have 256"),
+        ({"max_tokens": 0, "stream": True}, "max_tokens is 0"),
+        ({"max_tokens": 0, "temperature": -1}, "temperature is -1"),
+        ({"max_tokens": 0, "stop": [[]]}, "stop must be"),
+        ({"stream_options": {"include_usage": True}}, "stream_options needs stream: true"),
+        (
+            {"stream": True, "stream_options": {"of_another": True}},
+            "stream_options.of_another is not supported",
+        ),
+        ({"extra_body": {"stream_options": [1]}}, r"stream_options is \[1\]: it must be an object"),
+        ({"extra_body": {"detokenize": False}}, "detokenize is not supported"),
     ],
 )
 def test_bad_requests(client, changes, message):
@@ -208,8 +220,9 @@ def test_what_a_chat_cannot_do_is_refused_and_what_asks_for_nothing_is_not(clien
         {"tool_choice": "required"},
         {"verbosity": "low"},
     ):
-        with pytest.raises(openai.BadRequestError, match=f"{next(iter(changes))} is not supported"):
+        with pytest.raises(openai.BadRequestError, match=f"{next(iter(changes))} is not supported") as found:
             client.chat.completions.create(**options, **changes)
+        assert found.value.body.keys() == {"message", "type", "param", "code"}
     with pytest.raises(openai.BadRequestError, match="top_logprobs needs logprobs"):
         client.chat.completions.create(**options, top_logprobs=2)
     nothing = {"tools": [], "response_format": {"type": "text"}, "logit_bias": {}, "frequency_penalty": 0}
@@ -219,6 +232,38 @@ def test_what_a_chat_cannot_do_is_refused_and_what_asks_for_nothing_is_not(clien
         "extra_body": {"tools": None, "add_special_tokens": True, "modalities": []},
     }
     assert client.chat.completions.create(**options, **nothing).usage.completion_tokens == 2
+
+
+def test_names_and_variables_reach_the_chat_template_or_are_refused(client, session, monkeypatch):
+    options = {"model": "tiny", "temperature": 0, "max_tokens": 6}
+    head = {"role": "assistant", "content": ""}  # what a model has said that ended at once
+
+    def ask(turn, **given):
+        found = client.chat.completions.create(messages=[head, turn], **options, extra_body=given)
+        return found.choices[0].message.content
+
+    named = {"role": "user", "content": "hi", "name": "Ada"}
+    variables = {"chat_template_kwargs": {"enable_thinking": False}}
+    for turn, given, message in (
+        (named, {}, r"leaves out the name of turn 1 \(user\)"),
+        (named | {"name": ["Ada"]}, {}, r"messages\[1\] is .* its name a string"),
+        (named | {"prefix": True}, {}, r"messages\[1\]\.prefix is not supported"),
+        (named | {"tool_calls": [{}]}, {}, r"messages\[1\]\.tool_calls is not supported"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, {}, "'image_url'; only text is supported"),
+        ({"role": "user", "content": "hi"}, variables, "leaves out 'enable_thinking'"),
+        (named, {"chat_template_kwargs": "x"}, "chat_template_kwargs is 'x': it must be an object"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=message):
+            ask(turn, **given)
+    template = "{% for m in messages %}{{ m.name }}:{{ m.content }}{% endfor %}{{ enable_thinking }}"
+    monkeypatch.setattr(session.tokenizer, "chat_template", template)
+    written = client.completions.create(prompt=session.tokenizer.encode(":Ada:hiFalse"), **options)
+    assert ask(named, **variables) == written.choices[0].text
+    server = TestClient(application(session, "tiny", chat_template_kwargs={"enable_thinking": False}))
+    body = options | {"messages": [named]}
+    for given, prompt in (({}, "Ada:hiFalse"), ({"chat_template_kwargs": {"enable_thinking": 7}}, "Ada:hi7")):
+        found = server.post("/v1/chat/completions", json=body | given).json()["usage"]["prompt_tokens"]
+        assert found == len(session.tokenizer.encode(prompt))
 
 
 def test_without_a_seed_every_request_draws_anew(client):
