@@ -164,15 +164,11 @@ class LemurLM(TemplateLM):
         return [answers[index] for index in range(len(requests))]
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:
-        greedy = not options.get("do_sample") or not options.get("temperature")
-        return Sampling(
-            temperature=0.0 if greedy else options["temperature"],
-            top_p=options.get("top_p") or 1.0,
-            top_k=options.get("top_k") or 0,
-            min_p=options.get("min_p") or 0.0,
-            repetition_penalty=options.get("repetition_penalty") or 1.0,
-            seed=self.seed,
-        )
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        given = {name: options[name] for name in names if options.get(name)}
+        if not options.get("do_sample"):
+            given.pop("temperature", None)
+        return Sampling(**given, seed=self.seed)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return template_of(self.tokenizer) if chat_template else None

@@ -13,7 +13,7 @@ import logging
 import socket
 import time
 import uuid
-from collections.abc import AsyncIterator, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Generator, Sequence
 from typing import Any
 
 import uvicorn
@@ -81,7 +81,7 @@ def serve(
     listening: socket.socket,
     *,
     host: str,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    chat_template_kwargs: Json | None = None,
 ) -> None:
     """Answers requests on the socket of `listen(host, ...)` until interrupted; see `application`."""
     address = f"[{host}]" if ":" in host else host
@@ -99,10 +99,7 @@ def serve(
 
 
 def application(
-    session: Session,
-    name: str,
-    hosts: Sequence[str] | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
+    session: Session, name: str, hosts: Sequence[str] | None = None, chat_template_kwargs: Json | None = None
 ) -> Starlette:
     """The ASGI application.
 
@@ -118,26 +115,23 @@ def application(
             Route("/v1/completions", server.completions, methods=["POST"]),
             Route("/v1/chat/completions", server.chat, methods=["POST"]),
         ],
-        exception_handlers={UserError: _refuse, HTTPException: _refuse, Exception: _fail},
+        exception_handlers=dict.fromkeys((UserError, HTTPException, Exception), _refuse),
     )
     app.state.worker = server.worker
     return app
 
 
 async def _refuse(request: Request, error: Exception) -> Response:
-    status, text = 400, str(error)
-    if isinstance(error, HTTPException):
-        status, text = error.status_code, error.detail
-    return JSONResponse(_error(text, "invalid_request_error"), status_code=status)
+    status = 400 if isinstance(error, UserError) else getattr(error, "status_code", 500)
+    return JSONResponse(_error(error), status_code=status)
 
 
-async def _fail(request: Request, error: Exception) -> Response:
-    return JSONResponse(_error(f"{type(error).__name__}: {error}", "server_error"), status_code=500)
-
-
-def _error(message: str, kind: str) -> Json:
+def _error(error: Exception) -> Json:
+    text, kind = f"{type(error).__name__}: {error}", "server_error"
+    if isinstance(error, UserError | HTTPException):
+        text, kind = getattr(error, "detail", str(error)), "invalid_request_error"
     # In ASCII: a client's text may be in the message.
-    text = message[:500].encode("ascii", "backslashreplace").decode()
+    text = text[:500].encode("ascii", "backslashreplace").decode()
     return {"error": {"message": text, "type": kind, "param": None, "code": None}}
 
 
@@ -149,9 +143,7 @@ def _usage(prompts: Sequence[Sequence[int]], answers: Sequence[Completion]) -> J
 class _Server:
     """The three routes over one session."""
 
-    def __init__(
-        self, session: Session, name: str, hosts: Sequence[str] | None, template_options: Mapping[str, Any]
-    ):
+    def __init__(self, session: Session, name: str, hosts: Sequence[str] | None, template_options: Json):
         self.session, self.name, self.template_options = session, name, template_options
         self.hosts = hosts and [host.lower() for host in hosts]  # as `urlsplit` gives the names of requests
         self.tokenizer = session.need_tokenizer()
@@ -319,7 +311,7 @@ class _Server:
                     chunk = await job.result()
                 yield "data: [DONE]\n\n"
             except Exception as error:  # the status is already sent
-                yield f"data: {json.dumps(_error(f'{type(error).__name__}: {error}', 'server_error'))}\n\n"
+                yield f"data: {json.dumps(_error(error))}\n\n"
             finally:  # also where the client leaves, and this is cancelled
                 job.dropped = True
 

@@ -72,6 +72,7 @@ def test_a_chat_model_is_asked_in_its_template(session, problems, monkeypatch):
 
     def complete(session, prompts, **options):
         asked.extend(prompts)
+        assert options["max_new_tokens"] == session.model.max_position_embeddings // 2  # leave it a prompt
         answer = Completion(text="    return 1\n", tokens=(), logprobs=(), finish_reason="stop")
         return [answer] * len(prompts)
 

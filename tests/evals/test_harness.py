@@ -104,8 +104,10 @@ def instances(kind, *arguments):
     return [Instance(request_type=kind, doc={}, arguments=args, idx=i) for i, args in enumerate(arguments)]
 
 
-def test_edges(ours, theirs):
-    """An empty context, one too long, trailing spaces, control tokens, options of one token."""
+def test_edges(ours, theirs, monkeypatch):
+    """An empty context, one too long, trailing spaces, control tokens, options of one token; logits in parts."""
+    monkeypatch.setattr(scoring, "LOGIT_POSITIONS", 32)
+    scoring._program.cache_clear()
     chat = ours.apply_chat_template([{"role": "user", "content": " hello "}])
     assert chat == theirs.apply_chat_template([{"role": "user", "content": " hello "}])
     requests = instances(
@@ -175,11 +177,6 @@ def test_ids_of_rendered_text_are_those_of_transformers(ours, theirs):
         assert ours.tokenizer.encode_with_control_tokens(text) == theirs.tok_encode(text)
 
 
-def test_too_many_new_tokens(ours):
-    with pytest.raises(UserError, match="wants 150 new tokens"):
-        ours.generate_until(instances("generate_until", ("x", {"until": [], "max_gen_toks": 150})))
-
-
 def test_weights_reach_the_session(chat_model):
     with pytest.raises(UserError, match="unknown weights 'int3'"):
         LemurLM(checkpoint=chat_model, weights="int3")
@@ -187,14 +184,19 @@ def test_weights_reach_the_session(chat_model):
 
 def test_filters_of_a_task_are_used_and_beams_refused(ours):
     options = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 2.0}
-    free, filtered = (instances("generate_until", ("x", options | more)) for more in ({}, {"min_p": 1.0}))
-    greedy = ours.generate_until(instances("generate_until", ("x", options | {"do_sample": False})))
-    assert ours.generate_until(filtered) == greedy != ours.generate_until(free)
+
+    def answer(**more):
+        return ours.generate_until(instances("generate_until", ("x", options | more)))
+
+    free, greedy = answer(), answer(do_sample=False)
+    assert free != greedy
+    for filtered in ({"min_p": 1.0}, {"top_k": 1}, {"top_p": 1e-6}, {"temperature": 0.0}):
+        assert answer(**filtered) == greedy
     nothing = {"min_p": None, "top_p": None, "top_k": None, "repetition_penalty": None, "num_beams": 1}
-    given = instances("generate_until", ("x", options | nothing))
-    assert ours.generate_until(given) == ours.generate_until(free)
-    with pytest.raises(UserError, match="wants num_beams 4"):
-        ours.generate_until(instances("generate_until", ("x", options | {"num_beams": 4})))
+    assert answer(**nothing) == free
+    for wish, message in (({"num_beams": 4}, "num_beams 4"), ({"max_gen_toks": 150}, "150 new tokens")):
+        with pytest.raises(UserError, match=f"wants {message}"):
+            answer(**wish)
 
 
 @pytest.mark.parametrize(

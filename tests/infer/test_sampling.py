@@ -44,6 +44,7 @@ def test_all_filters_in_the_order_of_transformers(logits):
     """What remains after all of them, by the ids that many draws give."""
     options = {"temperature": 0.7, "top_k": 9, "top_p": 0.85, "min_p": 0.02, "repetition_penalty": 1.5}
     ids = np.random.default_rng(1).integers(0, V, size=(B, 50))
+    ids[:, 0], logits = 0, np.concatenate([logits.max(-1, keepdims=True), logits[:, 1:]], axis=1)
     scores = torch.tensor(logits)
     for processor in (
         generation.RepetitionPenaltyLogitsProcessor(1.5),

@@ -270,6 +270,8 @@ def test_without_a_seed_every_request_draws_anew(client):
     options = {"model": "tiny", "prompt": "def f(x):", "max_tokens": 16}
     assert len({client.completions.create(**options).choices[0].text for _ in range(3)}) == 3
     assert len({client.completions.create(**options, seed=3).choices[0].text for _ in range(3)}) == 1
+    drawn = [client.completions.create(**options, seed=3, extra_body=each) for each in ({}, {"top_k": -1})]
+    assert drawn[0].choices[0].text == drawn[1].choices[0].text
     # A filter that leaves the likeliest token alone.
     best = client.completions.create(**options, temperature=0).choices[0].text
     for changes in ({"top_k": 1}, {"min_p": 1}, {"top_k": -1, "top_p": 1e-6}):

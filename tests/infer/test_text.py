@@ -110,6 +110,7 @@ def test_an_answer_ends_at_its_stop_string_however_many_steps_the_engine_makes(
         found.append(answer)
     assert found[0] == found[1] == found[2]
     assert (found[0].text, found[0].finish_reason) == (text, "stop")
+    assert "".join(piece for piece, _ in streamed(small_chat_tokenizer, first, ids, stops)) == text
     assert len(found[0].logprobs) == len(found[0].tokens)
     before = continuation(small_chat_tokenizer, [first], found[0].tokens[:-1])
     assert not any(stop in before for stop in stops)
