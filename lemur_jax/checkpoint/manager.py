@@ -7,6 +7,7 @@ metadata is never used.
 """
 
 import contextlib
+import errno
 import logging
 import math
 import sys
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _LOG_SECONDS = 60.0  # of waiting for a save, after which it is logged
 _LAST_WRITES_SECONDS = 3.0  # for threads of a failed save that still write
+_REMOVAL_SECONDS = 60.0  # for what a failed save has written, to which storage may still add files
 _SAVE_SECONDS = 24 * 3600  # Orbax's default of 20 minutes fails large saves to slow storage
 _SET_ASIDE_SECONDS = 3600.0  # for copying a large checkpoint inside an object store
 _COMMITTED = "commit_success.txt"  # Orbax's mark of a finished checkpoint where directories cannot be renamed
@@ -186,20 +188,34 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
         if self._several_hosts:
             end_all_hosts(message)
-        # A new manager, without the arrays of the failed save, removes what its threads have written.
         deadline = time.monotonic() + _LAST_WRITES_SECONDS
         for thread in set(threading.enumerate()) - self._threads:
             with contextlib.suppress(Exception):
                 thread.join(max(0.0, deadline - time.monotonic()))
         with contextlib.suppress(Exception):
             self._manager.close()
-        self._manager = open_manager(self.path, **self._options)
+        self._remove_unfinished()
+        # Without the arrays of the failed save. It removes nothing: what it could not remove would fail the next save.
+        self._manager = open_manager(self.path, **{**self._options, "cleanup_tmp_directories": False})
         message += (
             f"; the newest one there is of step {self.finished}" if self.finished else "; there is none yet"
         )
         if self._failures >= self._max_failures:
             raise UserError(f"{message}. Free space or repair the storage, then run the same command again")
         logger.warning("%s. It will be tried again", message)
+
+    def _remove_unfinished(self) -> None:
+        """Removes what a failed save has written; what cannot be removed now, the next start removes."""
+        deadline = time.monotonic() + _REMOVAL_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                for directory in filter(ocp.utils.is_tmp_checkpoint, self.path.iterdir()):
+                    directory.rmtree()
+                return
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):  # not of writes that go on meanwhile
+                    return
+                time.sleep(0.1)
 
     def restore(self, step: int, params: Any, optimizer: Any, fresh: bool = False) -> tuple[Any, Any]:
         """Reads both trees with the shardings of the given abstract trees, and verifies them.

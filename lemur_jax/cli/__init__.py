@@ -13,7 +13,7 @@ from typing import Any
 from lemur_jax import __version__
 from lemur_jax.cli import data, evaluation, inference, planning, training, weights
 from lemur_jax.cluster import coordination
-from lemur_jax.cluster.exit import FAILED, INTERRUPTED, NO_READER, USER_ERROR, exit_process
+from lemur_jax.cluster.exit import FAILED, INTERRUPTED, NO_READER, USER_ERROR, end_process
 from lemur_jax.common.errors import UserError, reason_of
 from lemur_jax.common.logging import setup
 from lemur_jax.common.paths import is_refused_by_store
@@ -49,20 +49,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of standard output disconnected (`lemur inspect ... | head`); shells report a SIGPIPE like this.
         sys.stderr.close()
-        return exit_process(NO_READER)
+        status = NO_READER
     except Exception as error:
         line = _one_line(error)
         if line is None:
             if coordination.client() is None:
                 raise
             traceback.print_exc()
-            return exit_process(FAILED)
-        print(f"lemur {args.verb}: {' '.join(map(str.strip, line.splitlines()))}", file=sys.stderr)
-        return exit_process(USER_ERROR)
+            status = FAILED
+        else:
+            print(f"lemur {args.verb}: {' '.join(map(str.strip, line.splitlines()))}", file=sys.stderr)
+            status = USER_ERROR
     except KeyboardInterrupt:
         text = "interrupted; the same command goes on from what is finished"
         print(f"lemur {args.verb}: {text}", file=sys.stderr)
-        return exit_process(INTERRUPTED)
+        status = INTERRUPTED
+    if coordination.client() is not None:
+        end_process(status)
+    return status
 
 
 # Options that are paths. A model may be ORG/NAME too.

@@ -6,8 +6,6 @@ import sys
 import time
 from typing import NoReturn
 
-from lemur_jax.cluster import coordination
-
 # docs/reliability.md has the table for users.
 FAILED = 1  # what was looked at is damaged, a save missed its grace period, or an unexpected error
 USER_ERROR = 2  # one line says what to change; trying again does not help
@@ -19,6 +17,9 @@ NO_READER = 141  # the reader of standard output disconnected, as shells report 
 def end_process(status: int, message: str = "", linger_seconds: float = 0.0) -> NoReturn:
     """Ends the process at once, without destructors, which could wait forever for a host or a save.
 
+    A process of several must fail so: the shutdown of `jax.distributed` would wait for hosts that may be in a
+    collective with it, and then abort with a status of its own.
+
     Prints `message` to standard error, and waits `linger_seconds` before the end.
     """
     with contextlib.suppress(OSError, ValueError):
@@ -29,14 +30,3 @@ def end_process(status: int, message: str = "", linger_seconds: float = 0.0) -> 
         with contextlib.suppress(OSError, ValueError, AttributeError):
             stream.flush()
     os._exit(status)
-
-
-def exit_process(status: int) -> int:
-    """Ends this process at once if it is one of several; else returns `status`, and it may end as usual.
-
-    The shutdown of `jax.distributed` would wait for hosts that may be in a collective with this one, and then abort
-    with a status of its own.
-    """
-    if coordination.client() is not None:
-        end_process(status)
-    return status

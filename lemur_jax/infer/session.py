@@ -139,10 +139,15 @@ def make_session(
     )
 
 
-def abstract_params(model: DecoderConfig, mesh: Mesh, dtype: str) -> Params:
-    """The parameter tree as ShapeDtypeStructs with shardings; UserError if the mesh does not fit the model."""
+def check_mesh(mesh: Mesh) -> None:
+    """UserError: the mesh has an axis that generation cannot use."""
     if mesh.shape["sequence"] > 1:
         raise UserError(
             f"generation cannot shard the sequence: mesh axis sequence is {mesh.shape['sequence']}: set it to 1"
         )
+
+
+def abstract_params(model: DecoderConfig, mesh: Mesh, dtype: str) -> Params:
+    """The parameter tree as ShapeDtypeStructs with shardings; UserError if the mesh does not fit the model."""
+    check_mesh(mesh)
     return decoder.abstract_params(model, dtype, mesh)

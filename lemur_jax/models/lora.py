@@ -5,6 +5,7 @@ saved. The parameters of the model are frozen. `adapt` puts both together withou
 """
 
 import fnmatch
+import functools
 import math
 
 import jax
@@ -87,22 +88,26 @@ def init_adapter(options: AdapterConfig, model: DecoderConfig, key: jax.Array, d
     return unflatten_dict(flat, sep="/")
 
 
-def adapt(options: AdapterConfig, base: Params, adapter: Params, key: jax.Array | None = None) -> Params:
+def adapt(options: AdapterConfig, base: Params, adapter: Params, keys: jax.Array | None = None) -> Params:
     """The parameters with an `Adapted` in the place of each adapted weight; nothing is copied.
 
     Args:
       base: the frozen parameters.
       adapter: as from `abstract_adapter`.
-      key: of the dropout, another one for each update and microbatch; None: no dropout.
+      keys: [B], of the dropout of each row, others for each update; None: no dropout.
     """
     flat, factors = flatten_dict(base, sep="/"), flatten_dict(adapter, sep="/")
     for index, path in enumerate(sorted({factor.rpartition("/")[0] for factor in factors})):
         a, b = factors[f"{path}/a"], factors[f"{path}/b"]
         own = None
-        if key is not None and options.dropout:
-            own = jax.random.fold_in(key, index)
-            own = jax.random.key_data(jax.random.split(own, len(a)) if path.startswith("layers/") else own)
-        flat[path] = Adapted(base=flat[path], a=a, b=b, key=own, scale=options.scale, dropout=options.dropout)
+        if keys is not None:
+            own = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+            if path.startswith("layers/"):  # [L, B], for the scan over layers
+                own = jax.vmap(functools.partial(jax.random.split, num=len(a)), out_axes=1)(own)
+            own = jax.random.key_data(own)
+        flat[path] = Adapted(
+            base=flat[path], a=a, b=b, keys=own, scale=options.scale, dropout=options.dropout
+        )
     return unflatten_dict(flat, sep="/")
 
 

@@ -18,7 +18,7 @@ class Adapted:
     Attributes:
       base: W [I, O], an array or a `qwix.QArray`; it has no gradient.
       a, b: [I, R] and [R, O], of any float dtype. Stacked layers have a leading axis L, as in `base`.
-      key: uint32 key data of the dropout; None: no dropout.
+      keys: uint32 key data [B, 2] of the dropout of each row of a batch; None: no dropout.
       scale: factor of the update.
       dropout: probability that an input of `a` is dropped.
     """
@@ -26,16 +26,17 @@ class Adapted:
     base: Any
     a: jax.Array
     b: jax.Array
-    key: jax.Array | None = None
+    keys: jax.Array | None = None
     scale: float = dataclasses.field(metadata=dict(static=True))
     dropout: float = dataclasses.field(default=0.0, metadata=dict(static=True))
 
     def drop(self, x: jax.Array) -> jax.Array:
-        """`x` with dropout, if there is a key."""
-        if self.key is None:
+        """`x` [B, ...] with dropout, if there are keys."""
+        if self.keys is None:
             return x
-        keep = jax.random.bernoulli(jax.random.wrap_key_data(self.key), 1 - self.dropout, x.shape)
-        return jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+        keep = jax.vmap(lambda key: jax.random.bernoulli(key, 1 - self.dropout, x.shape[1:]))
+        kept = keep(jax.random.wrap_key_data(self.keys))
+        return jnp.where(kept, x / (1 - self.dropout), 0).astype(x.dtype)
 
 
 def is_adapted(params: Any) -> bool:

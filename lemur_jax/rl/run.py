@@ -5,6 +5,7 @@ from typing import Any
 
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
+from lemur_jax.infer.session import check_mesh
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.rl.objective import ARRAYS, policy
 from lemur_jax.rl.rollouts import Rollouts
@@ -27,6 +28,7 @@ def open_inputs(config: RunConfig, build: Any = step.build) -> Inputs:
     if keys := [name for name, value in ignored.items() if value]:
         raise UserError(f"lemur rl does not use config.{', config.'.join(keys)}: unset those of lemur train")
     mesh = make_mesh(config.mesh)
+    check_mesh(mesh)  # episodes are generated on it
     tokenizer = Tokenizer.from_config(config.tokenizer)
     chat_template(tokenizer)  # raises where there is none, before weights are read
     # On the policy's own tokens; rewards are then only metrics.

@@ -25,6 +25,13 @@ logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
+_KINDS = ("train", "eval", "balance", "skip", "rollback", "start", "extension", "time")  # of runs
+# Their values that are no numbers.
+_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("kind", "task", "commit", "host", "devices"), str | None),
+    **dict.fromkeys(("documents", "versions", "changes"), list),
+}
+
 
 def read_metrics(workdir: epath.PathLike) -> list[Record]:
     """All records of a run as they were written; warns of lines that cannot be read. UserError without a file."""
@@ -35,7 +42,8 @@ def read_metrics(workdir: epath.PathLike) -> list[Record]:
 
 
 def scan_metrics(workdir: epath.PathLike) -> tuple[list[Record], int]:
-    """The records of a run, and how many lines could not be read: not UTF-8, not JSON, no record with a step.
+    """The records of a run, and how many lines could not be read: not UTF-8, not JSON, no record with a step, or
+    a value of a wrong type.
 
     A last line without a newline was cut off by a kill, or is being written now, and is not counted.
     """
@@ -186,8 +194,12 @@ def _parse(line: bytes) -> Record | None:
         record = json.loads(line.decode())  # of bytes, json would guess the encoding
     except (ValueError, RecursionError):  # not JSON, or not UTF-8
         return None
-    is_record = isinstance(record, dict) and isinstance(record.get("step"), int)
-    return record if is_record else None
+    if not isinstance(record, dict) or type(record.get("step")) is not int:
+        return None
+    is_known = record.get("kind") in _KINDS
+    checked = record if is_known else record.keys() & {"kind"}
+    is_plain = all(isinstance(record[key], _TYPES.get(key, int | float | None)) for key in checked)
+    return record if is_plain else None
 
 
 def _plain(value: Any) -> Any:

@@ -3,12 +3,13 @@
 A number of a record is named `kind/key`, or `kind/task/key` if the record names a task.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import os
 import tempfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -28,13 +29,32 @@ def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def check_installed(log: LogConfig) -> None:
-    """Raises UserError where a tracker is on and its package is missing."""
+def check_trackers(log: LogConfig) -> None:
+    """Raises UserError where a tracker is on and its package is missing, or W&B has no API key."""
     for option, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
         if getattr(log, option) and not importlib.util.find_spec(package):
             raise UserError(
                 f"config.log.{option} needs {package}: pip install 'lemur_jax[{option}]', or set it to False"
             )
+    if log.wandb:
+        import wandb
+
+        with _starting():
+            wandb.setup(wandb.Settings(silent=True))
+            wandb.login(verify=False)  # asks for a key at a terminal; nothing to do offline
+
+
+@contextlib.contextmanager
+def _starting() -> Iterator[None]:
+    """Turns errors of W&B into a UserError."""
+    import wandb
+
+    try:
+        yield
+    except (wandb.Error, OSError, ValueError) as error:
+        raise UserError(
+            f"config.log.wandb: W&B does not start ({error}); set WANDB_API_KEY, or WANDB_MODE=offline"
+        ) from error
 
 
 class TensorBoard:
@@ -83,7 +103,7 @@ class WeightsAndBiases:
             id_file.write_text(uuid.uuid4().hex)
         # The file is missing in runs of earlier versions.
         identity = path + (id_file.read_text() if id_file.exists() else "")
-        try:
+        with _starting():
             self._run = wandb.init(
                 dir=tempfile.mkdtemp(prefix="wandb-") if "://" in path else path,
                 id=os.environ.get("WANDB_RUN_ID") or hashlib.sha256(identity.encode()).hexdigest()[:16],
@@ -91,10 +111,6 @@ class WeightsAndBiases:
                 resume="allow",
                 settings=wandb.Settings(console="off", silent=True),
             )
-        except (wandb.Error, OSError) as error:
-            raise UserError(
-                f"config.log.wandb: W&B does not start ({error}); set WANDB_API_KEY, or WANDB_MODE=offline"
-            ) from error
         self._run.define_metric("*", step_metric="step")
 
     def write(self, record: Mapping[str, Any]) -> None:

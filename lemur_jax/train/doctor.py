@@ -26,6 +26,7 @@ from lemur_jax.config import RunConfig
 from lemur_jax.data.mixture import Mixture
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.telemetry.provenance import code_digest, versions
+from lemur_jax.telemetry.trackers import check_trackers
 from lemur_jax.text.tokenizer import Tokenizer
 from lemur_jax.train.initial import InitialParams
 from lemur_jax.train.inputs import open_stores
@@ -65,6 +66,8 @@ def doctor(config: RunConfig, workdir: epath.PathLike, *, extend: bool = False) 
         detail.append(f"{', '.join(versions())}, code {code_digest()[:12]}")
     with _finding(findings, "config", same=True) as detail:
         changes = config_changes(values, workdir, extend=extend)
+        if is_primary():  # only it writes to the trackers
+            check_trackers(config.log)
         detail.append(config.fingerprint()[:12])
     with _finding(findings, "devices of a host", same=True) as detail:
         detail.append(f"{jax.local_device_count()} × {jax.local_devices()[0].device_kind}")

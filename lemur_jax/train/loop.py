@@ -23,7 +23,7 @@ from lemur_jax.models.decoder import num_params
 from lemur_jax.telemetry.config import LogConfig
 from lemur_jax.telemetry.profiler import check_steps, trace_steps
 from lemur_jax.telemetry.provenance import code_digest, versions
-from lemur_jax.telemetry.trackers import check_installed
+from lemur_jax.telemetry.trackers import check_trackers
 from lemur_jax.train import step
 from lemur_jax.train.evaluate import Evaluations, EvaluationSteps
 from lemur_jax.train.history import open_history
@@ -115,7 +115,7 @@ def train(
 def check_before_start(inputs: Inputs, log: LogConfig) -> None:
     """UserError: a kernel refuses the batch, a package of `config.log` is missing, or hosts differ in code or data."""
     if is_primary():  # only it writes to the trackers
-        check_installed(log)
+        check_trackers(log)
     inputs.program.trace()
     code = "the code of lemur_jax, or the version of Python or a library (`lemur doctor` shows them),"
     agree(code, lambda: digest_of([code_digest(), *versions()]))

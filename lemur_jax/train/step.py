@@ -32,7 +32,7 @@ from lemur_jax.train.preferences import preference
 from lemur_jax.train.spikes import spike_state
 from lemur_jax.train.state import TrainState, run_state, shardings_of, trained_axes
 
-_ROW = "row"  # key of the batch: the index of each row, for dropout
+_NOISE = "noise"  # key of the batch: uint32 [B], from which the dropout of each row is drawn
 Metrics = Mapping[str, tuple[jax.Array, jax.Array]]
 
 
@@ -184,16 +184,18 @@ class _Step:
     num_sources: int
     copies: Copies | None
 
-    def weights(self, state: TrainState, key: jax.Array | None = None) -> Any:
-        """The parameters of the model; `key`: of the adapter's dropout."""
+    def weights(self, state: TrainState, keys: jax.Array | None = None) -> Any:
+        """The parameters of the model; `keys`: of the adapter's dropout, by row."""
         if not self.adapter.rank:
             return state.params
-        return lora.adapt(self.adapter, state.frozen, state.params, key)
+        return lora.adapt(self.adapter, state.frozen, state.params, keys)
 
     def update(self, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         """The state after one update, and the metrics of the batch."""
         if self.adapter.dropout:
-            batch = {**batch, _ROW: jnp.arange(self.train.batch_rows, dtype=jnp.int32)}
+            # By update and row of the whole batch: the noise depends neither on the mesh nor on microbatches.
+            key = jax.random.fold_in(jax.random.key(self.seed), state.step)
+            batch = {**batch, _NOISE: jax.random.bits(key, self.train.batch_rows, jnp.uint32)}
         microbatches = _split(batch, self.train.microbatches, self.mesh)
         gradient_of = jax.grad(functools.partial(self._loss, state), has_aux=True)
         gradient, (rows, means) = _accumulate(gradient_of, state.params, microbatches, self.copies)
@@ -222,15 +224,10 @@ class _Step:
         if self.objective.reference:
             reference = decoder.bind(self.objective.teacher or self.model, compute, state.frozen)
             batch = {**batch, **jax.lax.stop_gradient(self.objective.reference(reference, batch))}
-        key = _dropout_key(self.seed, state.step, batch) if self.adapter.dropout else None
-        weights = self.weights(dataclasses.replace(state, params=params), key)
+        keys = jax.vmap(jax.random.key)(batch[_NOISE]) if self.adapter.dropout else None
+        weights = self.weights(dataclasses.replace(state, params=params), keys)
         total, rows, means = self.objective.loss(decoder.bind(self.model, compute, weights), batch)
         return total, (rows, means)
-
-
-def _dropout_key(seed: int, step: jax.Array, batch: Batch) -> jax.Array:
-    """A different key for each update and microbatch."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), step), batch[_ROW][0])
 
 
 def _split(batch: Batch, M: int, mesh: Mesh) -> Batch:

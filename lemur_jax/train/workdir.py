@@ -1,5 +1,6 @@
 """A workdir belongs to one config: the first run writes it down, later runs must agree or extend it."""
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -7,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from lemur_jax.cluster.hosts import alone
 from lemur_jax.common.errors import UserError
 from lemur_jax.common.json_files import write_json
 from lemur_jax.common.sections import fill
@@ -21,8 +23,10 @@ FREE = (
     "data.modules", "data.mixture", "tokenizer.",  # the sources themselves count, and know their tokenizer
     "rl.data", "rl.eval_", "rl.max_logprob_gap",
 )  # fmt: skip
-# These of them are logged and recorded: they affect rounding more than a mesh does, or an adapter's dropout.
-RECORDED = ("compute.dtype", "compute.product_dtype", "compute.reduce_dtype", "mesh.data")
+# These of them are logged and recorded: they affect rounding more than a mesh does.
+RECORDED = ("compute.dtype", "compute.product_dtype", "compute.reduce_dtype")
+# Paths of models, whose digests the checkpoints have.
+MODELS = ("init.checkpoint", "distill.teacher")
 # What may also differ with --extend: it affects the steps after the newest checkpoint alone.
 EXTENDABLE = (
     "train.steps", "train.microbatches", "optimizer.", "spikes.", "data.sources.", "data.stages.",
@@ -44,34 +48,34 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
 
 def _is_free(key: str, values: Mapping[str, Any]) -> bool:
     """Whether a key may differ at any start, silently."""
-    if key == "train.microbatches":  # where no mean or noise is of one microbatch
-        means = values["preference"]["loss"] in NOT_ADDITIVE or values["model"]["num_experts"]
-        return not (means or values["adapter"]["dropout"])
+    if key == "train.microbatches":  # where no mean is of one microbatch
+        return not (values["preference"]["loss"] in NOT_ADDITIVE or values["model"]["num_experts"])
     if key == "checkpoint.every_steps":
         return not values["spikes"]["rollback_after"]
     if key == "compute.param_dtype":  # the parameters in the checkpoints have it
         return False
-    if key == "mesh.data":  # with microbatches, each copy draws its own dropout noise
-        return not values["adapter"]["dropout"]
     return key.startswith(FREE) and key not in RECORDED
 
 
 def config_changes(values: Mapping[str, Any], workdir: epath.Path, *, extend: bool = False) -> Changes:
     """How a config, as JSON, differs from the one that the workdir belongs to; nothing is written.
 
-    Only changes that affect results; empty where the workdir belongs to no config. A UserError names all keys that may
-    not change; those of `RECORDED` may, and with `extend` those of `EXTENDABLE`.
+    Only changes that affect results, and models at another path; empty where the workdir belongs to no config. A
+    UserError names all keys that may not change; those of `RECORDED` may, those of `MODELS` to another path of the same
+    model, and with `extend` those of `EXTENDABLE`.
     """
     from lemur_jax.checkpoint.reading import newest_metadata  # `lemur report` needs no Orbax
 
-    stored = read_config(workdir) or newest_metadata(workdir / "checkpoints").get("config")
+    newest = newest_metadata(workdir / "checkpoints")
+    stored, origins = read_config(workdir) or newest.get("config"), newest.get("origins", {})
     if not stored:
         return {}
     if "train" not in stored:
         raise UserError(f"{workdir}/config.json is not that of a run: use another --workdir")
     stored = json.loads(json.dumps(fill(RunConfig, stored)))  # defaults have tuples
     changes = {key: pair for key, pair in differences(stored, values).items() if not _is_free(key, values)}
-    allowed = RECORDED + (EXTENDABLE if extend else ())
+    moved = [key for key in MODELS if key in changes and _is_same_model(changes[key][1], origins.get(key))]
+    allowed = (*RECORDED, *moved, *(EXTENDABLE if extend else ()))
     if values["checkpoint"]["other_optimizer"] == "fresh":
         allowed = (*allowed, "optimizer.")
     fixed = {key: pair for key, pair in changes.items() if not key.startswith(allowed)}
@@ -82,6 +86,17 @@ def config_changes(values: Mapping[str, Any], workdir: epath.Path, *, extend: bo
             hint += ", or --extend to apply them from the newest checkpoint on"
         raise UserError(f"{workdir} belongs to another config: {listed}; {hint}")
     return changes
+
+
+def _is_same_model(path: str, origin: Mapping[str, Any] | None) -> bool:
+    """Whether a path names the model of an origin, which was moved or copied there."""
+    from lemur_jax.convert.source import open_again  # `lemur report` needs no Orbax
+
+    if not (path and origin):
+        return False
+    with alone(), contextlib.suppress(UserError):  # there is none, or another one
+        return bool(open_again(path, origin))
+    return False
 
 
 def check_changes(changes: Changes, values: Mapping[str, Any], step: int) -> None:

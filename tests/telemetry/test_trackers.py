@@ -1,5 +1,6 @@
 """What TensorBoard's own reader finds in the files that a run leaves, and what W&B is given."""
 
+import contextlib
 import hashlib
 import shutil
 import sys
@@ -11,7 +12,7 @@ import pytest
 from lemur_jax.common.errors import UserError
 from lemur_jax.telemetry.config import LogConfig
 from lemur_jax.telemetry.metrics import MetricsWriter
-from lemur_jax.telemetry.trackers import TensorBoard, WeightsAndBiases, check_installed
+from lemur_jax.telemetry.trackers import TensorBoard, WeightsAndBiases, check_trackers
 
 
 def write_records(workdir, **trackers):
@@ -104,6 +105,17 @@ def test_a_run_that_resumes_is_the_same_and_one_that_begins_another(tmp_path, mo
 @pytest.mark.parametrize(("package", "tracker"), [("tensorboardX", "tensorboard"), ("wandb", "wandb")])
 def test_without_the_package_one_line_says_what_to_install(monkeypatch, package, tracker):
     monkeypatch.setitem(sys.modules, package, None)  # cannot be imported
-    check_installed(LogConfig())
+    check_trackers(LogConfig())
     with pytest.raises(UserError, match=rf"pip install 'lemur_jax\[{tracker}\]'"):
-        check_installed(LogConfig(**{tracker: True}))
+        check_trackers(LogConfig(**{tracker: True}))
+
+
+@pytest.mark.parametrize(("mode", "message"), [("online", "No API key"), ("offline", ""), ("on", "mode")])
+def test_without_an_api_key_wandb_is_refused_before_anything_is_read(monkeypatch, tmp_path, mode, message):
+    pytest.importorskip("wandb").teardown()
+    monkeypatch.setenv("WANDB_MODE", mode)
+    monkeypatch.setenv("HOME", str(tmp_path))  # without a .netrc
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    line = rf"log.wandb: W&B does not start \(.*{message}.*; set WANDB_API_KEY, or WANDB_MODE=offline"
+    with pytest.raises(UserError, match=line) if message else contextlib.nullcontext():
+        check_trackers(LogConfig(wandb=True))

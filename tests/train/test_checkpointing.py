@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from lemur_jax.checkpoint import manager
 from lemur_jax.checkpoint.manager import Checkpoints
 from lemur_jax.checkpoint.reading import read_metadata, restore_params, steps_in
 from lemur_jax.cluster.preemption import Interruption
@@ -149,7 +150,11 @@ def test_the_best_is_found_among_losses_on_the_same_text(train, tmp_path, monkey
 
 
 def test_a_full_disk_for_some_steps_ends_nothing(train, tmp_path, monkeypatch, caplog):
-    """Neither saves nor metrics can be written from step 2 on until step 5 is reached."""
+    """Neither saves nor metrics can be written from step 2 on until step 5 is reached.
+
+    What failed saves still write, while it is removed, fails no later one.
+    """
+    monkeypatch.setattr(manager, "_LAST_WRITES_SECONDS", 0.1)
     write = MetricsWriter.write
     options = {"checkpoint.every_steps": 1, "checkpoint.max_failures": 5, "log.every_steps": 1}
     with contextlib.ExitStack() as disk:
@@ -163,7 +168,7 @@ def test_a_full_disk_for_some_steps_ends_nothing(train, tmp_path, monkeypatch, c
 
         monkeypatch.setattr(MetricsWriter, "write", filled)
         lines = train(tmp_path, **options)
-    assert any("could not be saved" in line for line in caplog.messages)
+    assert sum("could not be saved" in line for line in caplog.messages) <= 4  # steps 1 to 4
     assert any("metrics.jsonl: File too large" in line for line in lines)
     assert any("metrics.jsonl can be written again, and no record is missing" in line for line in lines)
     assert [r["step"] for r in read_metrics(tmp_path) if r["kind"] == "train"] == list(range(1, 7))
@@ -274,8 +279,13 @@ def test_a_checkpoint_knows_what_its_run_began_with_and_how_many_tokens_it_saw(
         train(run, **options)
     shutil.copytree(undisturbed, base, dirs_exist_ok=True)  # the base has gone on
     (run / "metrics.jsonl").unlink()
-    train(run, **options)
+    base.rename(base := tmp_path / "moved")
+    with pytest.raises(UserError, match="belongs to another config: init.checkpoint was"):
+        train(run, **options | {"init.checkpoint": run})  # another model
+    train(run, **options | {"init.checkpoint": base})
     assert read_metadata(run)["origins"]["init.checkpoint"]["step"] == 2
+    (extension,) = [record for record in read_metrics(run) if record["kind"] == "extension"]
+    assert extension["changes"] == [f"init.checkpoint: '{tmp_path / 'base'}' -> '{base}'"]
     counts = [
         {
             record["step"]: (record["tokens"], record["tokens/code"])
