@@ -292,6 +292,8 @@ def test_runs_that_cannot_go_on_say_why(play):
         play("groups", group_size=3)
     with pytest.raises(UserError, match="use config.preference.loss, config.train.batch_documents: unset"):
         play("pairs", **{"preference.loss": "dpo", "train.batch_documents": 9})
+    with pytest.raises(UserError, match="generation cannot shard the sequence: mesh axis sequence is 2"):
+        play("sequence", **{"mesh.sequence": 2, "init.checkpoint": "nowhere"})  # before weights are read
     with pytest.raises(UserError, match="config.rl.environment 'echo' has fewer than two tasks"):
         play("one", tasks=([], [Echo()]))
 

@@ -40,7 +40,7 @@ def examine(project, monkeypatch, tmp_path, caplog):
     return run
 
 
-def test_ready_run_and_a_workdir_left_as_it_was(examine, tmp_path):
+def test_ready_run_and_a_workdir_left_as_it_was(examine, tmp_path, monkeypatch):
     said = examine()
     assert said.endswith("verdict: 1 host ready")
     assert "FAIL" not in said
@@ -51,6 +51,8 @@ def test_ready_run_and_a_workdir_left_as_it_was(examine, tmp_path):
     (tmp_path / "run" / "mine").write_text("x")
     examine()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine"]
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert "config.log.wandb needs wandb" in examine("--config.log.wandb=True")
 
 
 @pytest.mark.parametrize(
