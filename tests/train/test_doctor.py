@@ -1,6 +1,7 @@
 """`lemur doctor` on a run that is ready, and with one thing wrong at a time."""
 
 import json
+import sys
 import types
 
 import pytest
