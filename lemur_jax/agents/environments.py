@@ -15,6 +15,7 @@ from lemur_jax.agents.problems import LIMITS, Problem, check
 from lemur_jax.agents.sandbox import run
 from lemur_jax.agents.scratch import make_directory, remove_tree
 from lemur_jax.common.errors import UserError
+from lemur_jax.text.chat_template import Message
 
 SHOWN = 1500  # characters of an observation
 
@@ -54,13 +55,15 @@ class Environment(abc.ABC):
     max_turns: int | None = None  # where its protocol fixes them
     stops: tuple[str, ...] = ()  # an action of an agent ends before the first of these
     cumulative_rewards = False  # whether a reward is for all turns so far, not for the last one alone
+    conversation: Sequence[Message] = ()  # read by the agent in place of the task and all turns since
 
     @abc.abstractmethod
     def reset(self) -> str:
         """Starts, or starts again; returns the text of the task. Raises NotScored if it cannot run here."""
 
     @abc.abstractmethod
-    def step(self, action: str) -> Step: ...
+    def step(self, action: str) -> Step:
+        """The result of an action. Raises NotScored if the task cannot go on here."""
 
     def as_turn(self, action: str) -> str:
         """The action as the conversation keeps it."""

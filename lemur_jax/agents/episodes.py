@@ -124,13 +124,14 @@ class SessionAgent:
 
 def shorten_conversation(messages: Sequence[Message]) -> list[Message]:
     """The messages without the oldest turn after the task, or with half of the longest text; [] if it is short."""
-    if len(messages) > 3:
-        return [messages[0], *messages[3:]]  # drops the first answer and its observation
-    result = list(messages)
-    longest = max(range(len(result)), key=lambda index: len(result[index]["content"]))
-    text, quarter = result[longest]["content"], len(result[longest]["content"]) // 4
-    result[longest] = {**result[longest], "content": f"{text[:quarter]}\n[...]\n{text[-quarter:]}"}
-    return result if quarter > 5 else []
+    start = 2 if messages[0]["role"] == "system" else 1
+    if len(messages) > start + 2:
+        return [*messages[:start], *messages[start + 2 :]]  # drops the first answer and its observation
+    texts = [message for message in messages if isinstance(message["content"], str)]
+    longest = max(texts, key=lambda message: len(message["content"]))
+    text, quarter = longest["content"], len(longest["content"]) // 4
+    shorter = {**longest, "content": f"{text[:quarter]}\n[...]\n{text[-quarter:]}"}
+    return [shorter if message is longest else message for message in messages] if quarter > 5 else []
 
 
 @functools.lru_cache(maxsize=1)
@@ -189,12 +190,13 @@ def endpoint_agent(
 
 _MINT_KINDS = {"mint": [], **{f"mint-{name}": [name] for name in mint.SETS}}  # sets; []: all
 KINDS = ("python", "sql", "bash", "tools", "intercode-sql", "intercode-bash", *_MINT_KINDS)
+TASKSET = "verifiers:"  # before the name of one of the `verifiers` library
 
 
 def check_kinds(names: Sequence[str]) -> None:
-    """Raises UserError for a name that is not in `KINDS`."""
+    """Raises UserError for a name that is not in `KINDS`, nor verifiers:TASKSET."""
     for name in names:
-        if name not in KINDS:
+        if name not in KINDS and not name.startswith(TASKSET):
             raise UserError(
                 f"unknown environment {name!r}: there are {', '.join(KINDS)} and verifiers:TASKSET, and for"
                 " config.rl.environment lamp and calculator"
@@ -213,10 +215,10 @@ def open_environments(
     """Environments by kind.
 
     Args:
-      names: of `KINDS`.
+      names: of `KINDS`, or verifiers:TASKSET.
       limit: of each kind.
       data: MINT's or InterCode's.
-      stack: closes InterCode's database server; None: it is closed when this process ends.
+      stack: closes database servers and tasksets; None: they are closed when this process ends.
       expert: gives feedback in MINT.
       python: the interpreter that runs MINT's cells.
       skip: the first tasks of each kind that are left out.
@@ -236,6 +238,13 @@ def open_environments(
     for name, sets in _MINT_KINDS.items():
         makers[name] = functools.partial(open_mint, data, sets, expert=expert, python=python)
     check_kinds(names)
+    for name in names:
+        if name.startswith(TASKSET):
+            from lemur_jax.agents.tasksets import taskset_environments
+
+            number = None if limit is None else skip + limit  # it may have more than can be listed
+            taskset = name.removeprefix(TASKSET)
+            makers[name] = functools.partial(taskset_environments, taskset, number, servers)
     by_id: dict[str, Environment] = {}  # a set of MINT may be named twice
     for name in names:
         for kind, tasks in by_kind(makers[name]()).items():

@@ -1,10 +1,11 @@
 """Many episodes at once: the agent answers in batches, environments step in threads, finished episodes are saved."""
 
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import json
 import logging
-import os
 import pathlib
 import threading
 import time
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Running:
-    """An episode that goes on: the `messages` so far, and the `reward` of the last turn."""
+    """An episode that goes on: the `messages` that the agent reads, and the `reward` of the last turn."""
 
     def __init__(self, environment: Environment, max_turns: int):
         self.environment = environment
@@ -29,15 +30,23 @@ class Running:
         self._task = environment.reset()
         self._turns: list[Turn] = []
         self.reward = 0.0
-        self.messages: list[Message] = [{"role": "user", "content": self._task}]
+        self._messages: list[Message] = [{"role": "user", "content": self._task}]
+
+    @property
+    def messages(self) -> Sequence[Message]:
+        return self.environment.conversation or self._messages
 
     def act(self, action: str) -> Trace | None:
         """Takes a turn; returns the trace when it was the last."""
         action = before_stops(action, self.environment.stops)
-        step = self.environment.step(action)
+        try:
+            step = self.environment.step(action)
+        except NotScored:
+            self.environment.close()
+            raise
         self.reward = step.reward
         self._turns.append(Turn(action=action, step=step))
-        self.messages += [
+        self._messages += [
             {"role": "assistant", "content": self.environment.as_turn(action)},
             {"role": step.role, "content": step.observation},
         ]
@@ -55,17 +64,28 @@ class Journal:
       run: what the episodes depend on, e.g. the agent and its limits; the file of another run is refused.
 
     Raises:
-      UserError: the file is of another run, or no journal.
+      UserError: the file is of another run, is written by another process, or is no journal.
     """
 
     def __init__(self, path: pathlib.Path | None, run: Mapping[str, Any]):
         self._path = path
         self.traces: dict[str, Trace] = {}
-        # Written with the first episode, so that a run that fails before it leaves no file.
         self._head = json.dumps(run) + "\n"
         if path is None:
             return
-        content = path.read_bytes() if path.exists() else b""
+        self._file = path.open("a+b")
+        with contextlib.ExitStack() as failed:
+            failed.callback(self._file.close)
+            self._read(path, run)
+            failed.pop_all()
+
+    def _read(self, path: pathlib.Path, run: Mapping[str, Any]) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another run writes {path}: wait for its end, or name another --json") from error
+        self._file.seek(0)
+        content = self._file.read()
         complete = content[: content.rfind(b"\n") + 1]
         try:
             header, *episodes = map(json.loads, complete.splitlines() or [b"null"])
@@ -74,8 +94,7 @@ class Journal:
             raise UserError(f"{path} is not a journal ({error!r}): name another --json") from error
         if complete and header != run:
             raise UserError(f"{path} holds episodes of {header}, not {run}: remove it or name another --json")
-        if complete != content:  # the last line was cut off
-            os.truncate(path, len(complete))
+        self._file.truncate(len(complete))  # the last line may be cut off
         if complete:
             self._head = ""
         if self.traces:
@@ -85,9 +104,16 @@ class Journal:
         """Saves a finished episode; returns when it is in the file."""
         self.traces[trace.id] = trace
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(f"{self._head}{json.dumps(dataclasses.asdict(trace))}\n")
-                self._head = ""
+            self._file.write(f"{self._head}{json.dumps(dataclasses.asdict(trace))}\n".encode())
+            self._file.flush()
+            self._head = ""
+
+    def close(self) -> None:
+        """Lets another run use the file; removes it if it has no episode."""
+        if self._path is not None:
+            if not self.traces:
+                self._path.unlink()
+            self._file.close()
 
 
 def run_episodes(
@@ -100,7 +126,7 @@ def run_episodes(
 ) -> list[Trace]:
     """Runs the episodes that the journal does not have; an error is raised after the turns of the other episodes.
 
-    Tasks that cannot run here are named in a warning; they have no trace.
+    Tasks that cannot run here are named in a warning; they have no trace. UserError if there is no other.
     """
     journal = journal or Journal(None, {})
     ids = [environment.id for environment in environments]
@@ -121,10 +147,7 @@ def run_episodes(
                 fresh = [waiting.pop(0) for _ in range(min(len(waiting), batch - len(running)))]
                 started = call_all([functools.partial(gated, Running, one, max_turns) for one in fresh])
                 running += [one for one in started if isinstance(one, Running)]
-                for error in (one for one in started if isinstance(one, NotScored)):
-                    logger.warning("not scored: %s", error)
-                    skipped += 1
-                _raise_first([one for one in started if not isinstance(one, NotScored)])
+                skipped += _count_not_scored(started)
             if not running:
                 break
             prompts = [(one.messages, one.environment.stops) for one in running]
@@ -134,12 +157,13 @@ def run_episodes(
                 answers = call_all([functools.partial(agent, *one) for one in prompts])
             answered = [pair for pair in zip(running, answers, strict=True) if isinstance(pair[1], str)]
             outcomes = call_all([functools.partial(gated, one.act, answer) for one, answer in answered])
-            for (episode, _), trace in zip(answered, outcomes, strict=True):
-                if isinstance(trace, Trace):
+            for (episode, _), outcome in zip(answered, outcomes, strict=True):
+                if isinstance(outcome, Trace | NotScored):
                     running.remove(episode)
-                    journal.add(trace)
-                    traces[trace.id] = trace
-            _raise_first([*answers, *outcomes])
+                if isinstance(outcome, Trace):
+                    journal.add(outcome)
+                    traces[outcome.id] = outcome
+            skipped += _count_not_scored([*answers, *outcomes])
             turns += len(answered)
             solved = sum(trace.solved_at is not None for trace in traces.values())
             done = f"{len(traces)} of {len(ids) - skipped}"
@@ -149,13 +173,20 @@ def run_episodes(
             episode.environment.close()
     if skipped:
         logger.warning("not scored: %d of %d tasks", skipped, len(ids))
+        if not traces:
+            raise UserError("no task can be scored here: the warnings above say why")
     return [traces[id] for id in ids if id in traces]
 
 
-def _raise_first(results: Sequence[Any]) -> None:
+def _count_not_scored(results: Sequence[Any]) -> int:
+    """Names the tasks that are not scored, and counts them; any other exception is raised."""
+    skipped = [result for result in results if isinstance(result, NotScored)]
+    for error in skipped:
+        logger.warning("not scored: %s", error)
     for result in results:
-        if isinstance(result, BaseException):
+        if isinstance(result, BaseException) and not isinstance(result, NotScored):
             raise result
+    return len(skipped)
 
 
 def call_all(

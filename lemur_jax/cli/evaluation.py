@@ -90,7 +90,7 @@ def _eval(args) -> None:
     if args.agents and "://" in args.json:
         raise UserError(f"--json {args.json} of --agents must be local: finished episodes are kept beside it")
 
-    if args.agents and not args.replay and not args.agents.startswith("verifiers:"):
+    if args.agents and not args.replay:
         from lemur_jax.agents.episodes import check_kinds
 
         check_kinds(args.agents.split(","))
@@ -128,8 +128,8 @@ def _check_options(args) -> None:
         raise UserError("--feedback-endpoint is for --agents mint: leave it out")
     if args.skip < 0:
         raise UserError(f"--skip is {args.skip}: it must be at least 0")
-    if args.skip and (args.replay or not args.agents or args.agents.startswith("verifiers:")):
-        raise UserError("--skip is for --agents that play, except verifiers: leave it out")
+    if args.skip and (args.replay or not args.agents):
+        raise UserError("--skip is for --agents that play: leave it out")
     pairs = (("html", "agents"), ("scores", "suite"), ("endpoint", "agents"), ("endpoint_model", "endpoint"))
     for name, other in (*pairs, ("feedback_model", "feedback_endpoint")):
         if getattr(args, name) and not getattr(args, other):
@@ -205,6 +205,7 @@ def _agents(args, session, written: dict) -> None:
         if local_agent:
             local_agent.end()  # not after an error: the watchdog of the others ends them with its reason
     finally:
+        journal.close()
         if traces is None:  # an error: those that an earlier run has played are shown too
             traces = list(journal.traces.values())
         if traces:
@@ -212,17 +213,9 @@ def _agents(args, session, written: dict) -> None:
 
 
 def _play(args, names: list[str], local_agent, journal, limit: int) -> list:
-    """The episodes of environments, or of a taskset, by the agent of a checkpoint, `local_agent`, or an endpoint."""
+    """The episodes of environments by the agent of a checkpoint, `local_agent`, or an endpoint."""
     from lemur_jax.agents import episodes, runner
 
-    if args.agents.startswith("verifiers:"):
-        from lemur_jax.agents.verifiers_adapter import run_taskset
-
-        if local_agent:
-            raise UserError("a taskset of verifiers asks an --endpoint: start one with lemur serve")
-        options = {"max_new_tokens": limit, "limit": args.limit, "batch": args.batch or ENDPOINT_BATCH}
-        taskset = args.agents.removeprefix("verifiers:")
-        return run_taskset(taskset, args.endpoint, args.endpoint_model, **options, journal=journal)
     agent = local_agent or episodes.endpoint_agent(args.endpoint, args.endpoint_model, max_new_tokens=limit)
     batch = args.batch or (local_agent.default_batch if local_agent else ENDPOINT_BATCH)
     expert = None

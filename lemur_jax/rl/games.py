@@ -102,10 +102,6 @@ def tasks(name: str, data: str = ".") -> tuple[Sequence[Environment], Sequence[E
         environments = [
             Calculator(f"{rng.randrange(100)} {rng.choice('+-*')} {rng.randrange(100)}") for _ in range(1000)
         ]
-    elif name.startswith("verifiers:"):
-        from lemur_jax.rl.verifiers_tasks import taskset_environments
-
-        environments = taskset_environments(name.removeprefix("verifiers:"))
     else:
         environments = list(open_environments([name], data=data))
     random.Random(0).shuffle(environments)

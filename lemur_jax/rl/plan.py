@@ -10,6 +10,7 @@ from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig
 from lemur_jax.infer.batching import LANES
 from lemur_jax.infer.engine import PROMPTS
+from lemur_jax.infer.session import abstract_params
 from lemur_jax.models.config import ComputeConfig
 from lemur_jax.parallel.mesh import make_mesh
 from lemur_jax.parallel.rules import batch_shards
@@ -75,6 +76,7 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
     config.rl.check_rows(config.train.batch_rows)
     tpu = find_slice(topology, slices)
     mesh = make_mesh(config.mesh, described_devices(tpu))
+    abstract_params(config.model, mesh, config.compute.dtype)  # raises where the engine cannot use the mesh
     program = build(config, mesh, num_sources=1, objective=policy(config.rl))
     compiled = compile_program(program.step, program.state, program.batch, what="the update")
     sizes = {

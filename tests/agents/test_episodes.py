@@ -200,6 +200,8 @@ def test_an_endpoint_gets_what_its_model_has_room_for():
         assert (task, action) == ("the task", "do 1")
         assert rows.startswith("first row")
         assert rows.endswith("last row")
+        system = {"role": "system", "content": "Be brief."}
+        assert agent([system, *messages]).startswith("Be brief.|the task|do 1|first row")
         with pytest.raises(UserError, match="Error code: 400"):
             agent(messages[-1:])
         # A rule of Markdown ends an action in MINT alone, and so does the fifth string, which OpenAI does not take.
@@ -281,11 +283,20 @@ def test_an_interrupt_does_not_wait_for_an_endpoint(count, hangs):
 
 def test_an_evaluation_goes_on_after_a_kill_and_exports_what_was_solved(tmp_path, capsys, monkeypatch):
     worlds, path = environments.sql_environments()[:2], tmp_path / "episodes.jsonl"
-    Journal(path, {"agent": "one that did not start"})
-    run_episodes(worlds[:1], scripted("SELECT 6"), max_turns=1, journal=Journal(path, {"agent": "a"}))
+    Journal(path, {"agent": "one that did not start"}).close()
+    assert not path.exists()
+    first = Journal(path, {"agent": "a"})
+    run_episodes(worlds[:1], scripted("SELECT 6"), max_turns=1, journal=first)
+    with pytest.raises(
+        UserError, match=f"another run writes {path}: wait for its end, or name another --json"
+    ):
+        Journal(path, {"agent": "a"})
+    first.close()
     with path.open("a") as file:
         file.write('{"id": "sql/fil')  # cut by the kill
-    traces = run_episodes(worlds, scripted("SELECT 1"), max_turns=1, journal=Journal(path, {"agent": "a"}))
+    again = Journal(path, {"agent": "a"})
+    traces = run_episodes(worlds, scripted("SELECT 1"), max_turns=1, journal=again)
+    again.close()
     assert [trace.solved_at for trace in traces] == [1, None]
     assert len(path.read_text().splitlines()) == 3
     with pytest.raises(UserError, match="holds episodes of"):

@@ -226,7 +226,8 @@ def test_bash_tasks_in_the_tree_that_a_set_up_script_makes(tmp_path, caplog):
     assert [(trace.id, trace.solved_at) for trace in traces] == [("intercode-bash/1-0", 1)]
     assert caplog.messages[-1] == "not scored: 1 of 2 tasks"
     assert f"not scored: {why}" in caplog.messages
-    assert run_episodes([unseen], scripted(), max_turns=1) == []
+    with pytest.raises(UserError, match="no task can be scored here"):
+        run_episodes([unseen], scripted(), max_turns=1)
     episode = Recorded(id=unseen.id, opening="", turns=[("", None)], success=False)
     assert replay([unseen], [episode]) == []
     assert set(scratch._home().glob("*")) == boxes

@@ -285,7 +285,7 @@ def test_tasks_that_leave_no_room_are_told(play, caplog):
     assert "step 1 changes nothing: no task leaves room for an answer" in caplog.text
 
 
-def test_runs_that_cannot_go_on_say_why(play):
+def test_runs_that_cannot_go_on_say_why(play, tmp_path):
     with pytest.raises(UserError, match="failed in every episode: echo/0: .*no database"):
         play("dead", Dies)
     with pytest.raises(UserError, match="must be a multiple of config.rl.group_size 3"):
@@ -296,6 +296,9 @@ def test_runs_that_cannot_go_on_say_why(play):
         play("sequence", **{"mesh.sequence": 2, "init.checkpoint": "nowhere"})  # before weights are read
     with pytest.raises(UserError, match="config.rl.environment 'echo' has fewer than two tasks"):
         play("one", tasks=([], [Echo()]))
+    with pytest.raises(UserError, match="generation cannot shard the sequence: mesh axis sequence is 2"):
+        play("cut", **{"mesh.sequence": 2, "mesh.fsdp": 4})
+    assert not (tmp_path / "cut").exists()  # before weights are read
 
 
 class Changed(Echo):
