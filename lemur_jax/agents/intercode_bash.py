@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import dataclasses
 import hashlib
 import logging
 import math
@@ -37,15 +38,24 @@ _NETWORK = {"curl", "dig", "ping"}
 _MISSING = 'for word; do type "$word" > /dev/null 2>&1 || [ -w "$word" ] || echo "$word"; done'
 
 
-def bash_reward(before: Files, ours: Files, theirs: Files, seen: str, expected: str) -> float:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The file tree after a command, and what the command printed."""
+
+    files: Files
+    output: str
+
+
+def bash_reward(before: Files, found: Outcome, solution: Outcome) -> float:
     """0.01, and 0.33 each for the paths changed, the content of new files and the output of the last command."""
-    changed, gold = changes(before, ours), changes(before, theirs)
+    changed, gold = changes(before, found.files), changes(before, solution.files)
     reward = 0.01 + round(0.33 * (1 - math.erf(len(changed ^ gold))), 2)
-    paths = [path for path, kind in changed & gold if kind == "??"]
+    new = [path for path, kind in changed & gold if kind == "??"]
     # InterCode compares files with a dot in their path alone.
-    same = sum("." not in path or path.endswith("/") or ours[path][1] == theirs[path][1] for path in paths)
-    reward += round(0.33 * same / len(paths), 2) if paths else 0.33
-    return round(reward + round(0.33 * similarity(seen, expected), 2), 2)
+    compared = [path for path in new if "." in path and not path.endswith("/")]
+    different = sum(found.files[path][1] != solution.files[path][1] for path in compared)
+    reward += round(0.33 * (len(new) - different) / len(new), 2) if new else 0.33
+    return round(reward + round(0.33 * similarity(found.output, solution.output), 2), 2)
 
 
 def changes(before: Files, after: Files) -> set[tuple[str, str]]:
@@ -140,13 +150,13 @@ class InterCodeBash(Environment):
         # A copy: a second run of the script would differ in times, also inside archives.
         reference = _FileTree(like=self._tree)
         self._before = reference.files()
-        self._expected, _ = reference.execute(self._task["gold"])
-        self._wanted = reference.files()
+        output, _ = reference.execute(self._task["gold"])
+        self._solution = Outcome(files=reference.files(), output=output)
         remove_tree(reference.box)
         # An answer that fails in the same way would count as right.
-        if _FAILED.search(self._expected):
+        if _FAILED.search(output):
             self.close()
-            raise NotScored(f"{self.id}: its solution cannot run here: {self._expected.strip()}")
+            raise NotScored(f"{self.id}: its solution cannot run here: {output.strip()}")
         return (
             "Do a task with Bash commands, one in a ```bash block at a time. You see what it prints and a reward from 0"
             f" to 1 for the state and the last output; you have {MAX_STEPS} commands.\nTask: {self._task['query']}"
@@ -155,7 +165,8 @@ class InterCodeBash(Environment):
     def step(self, action: str) -> Step:
         assert self._tree is not None, "reset comes first"
         output, succeeded = self._tree.execute(block(action, "bash", "sh", "shell"))
-        reward = bash_reward(self._before, self._tree.files(), self._wanted, output, self._expected)
+        found = Outcome(files=self._tree.files(), output=output)
+        reward = bash_reward(self._before, found, self._solution)
         verdict = "passed" if reward >= 1 else "wrong answer" if succeeded else "execution error"
         return Step(observation=output, verdict=verdict, reward=reward)
 

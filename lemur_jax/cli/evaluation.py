@@ -115,7 +115,7 @@ def _eval(args) -> None:
                 written["run"] = _record(args, session)
                 epath.Path(args.json).write_text(json.dumps(written, indent=1))
     # All is in the JSON file now. A leftover journal would be reused for a checkpoint that has been trained further.
-    if args.agents and args.json and _is_primary():
+    if args.agents and args.json and not args.replay and _is_primary():
         pathlib.Path(_journal_path(args)).unlink(missing_ok=True)
 
 

