@@ -125,8 +125,9 @@ def _handler(server: TasksetServer) -> type[http.server.BaseHTTPRequestHandler]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             try:
                 text = server.playing[body["model"]].ask(body["messages"])
-            except (KeyError, CancelledError):  # the episode has been closed
-                self.send_error(410)
+            except (KeyError, CancelledError):  # the episode has been closed, perhaps with its connection
+                with contextlib.suppress(OSError):
+                    self.send_error(410)
                 return
             choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}
             reply = {"id": "x", "object": "chat.completion", "created": 0, "model": body["model"]}

@@ -60,9 +60,7 @@ def _add_agents(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, help=text)
     text = "tokens of the cache that a checkpoint's episodes share, per data-parallel replica"
     parser.add_argument("--batch-tokens", type=int, default=8192, help=text)
-    parser.add_argument(
-        "--turns", type=int, default=5, help="maximum turns of an episode, where it has no own limit"
-    )
+    parser.add_argument("--turns", type=int, default=5, help="most turns, where an episode has no limit")
     parser.add_argument("--endpoint", default="", help="OpenAI-compatible URL of an external agent")
     parser.add_argument("--endpoint-model", default="", help="the agent's name there")
     parser.add_argument("--feedback-endpoint", default="", help="URL of a model that gives feedback in MINT")

@@ -40,7 +40,9 @@ def test_the_reward_counts_rows_and_their_order():
     rows = [(1,), (2,), (3,)]
     assert sql_reward(rows, rows) == 1
     assert sql_reward(rows[::-1], rows) == -1
+    assert sql_reward(rows[1::-1], rows[:2]) == -1
     assert sql_reward([(1,)], rows) == pytest.approx(1 / 3)
+    assert sql_reward([(1,), (1,), (2,)], rows[:2]) == 0.67  # the first of equal rows are compared
     assert sql_reward([], []) == 1
     assert sql_reward("Error executing query: x", rows) == 0
 
