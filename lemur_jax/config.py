@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
@@ -277,9 +278,12 @@ def _explain_key(argument: str, overrides: Sequence[str], error: Exception) -> U
     keys = sorted(flatten(load_config_dict(argument).to_dict())) if overrides else []
     for override in overrides:
         key, _, value = override.removeprefix("--config.").partition("=")
-        if key not in keys:
+        # A section can be replaced, and a name be quoted: data.sources['code/C++'].share.
+        plain = re.sub(r"""\[(['"])(.*?)\1\]""", r".\2", key)
+        if not any(f"{known}.".startswith(f"{plain}.") for known in keys):
             return UserError(
-                f"unknown config key {key} (value {value!r}) for {argument}{did_you_mean(key, keys)}"
+                f"unknown config key {key} (value {value!r}) for {argument}"
+                f"{did_you_mean(key, keys) or '; docs/configuration.md lists all'}"
             )
     return UserError(f"cannot load the config {argument}: {error}")
 

@@ -234,9 +234,9 @@ def test_other_errors_keep_their_traceback(error, monkeypatch):
 def test_bare_lemur_prints_help_and_unknown_verbs_name_the_nearest(capsys):
     assert main([]) == 0
     assert "VERB" in capsys.readouterr().out
-    assert main(["trian", "--config", "c.py"]) == 2
-    said = "lemur: there is no verb 'trian'; did you mean 'train'?; see lemur --help\n"
-    assert capsys.readouterr().err == said
+    for word, meant in (("trian", "; did you mean 'train'?"), ("foo", ""), ("", "")):
+        assert main([word, "--config", "c.py"]) == 2
+        assert capsys.readouterr().err == f"lemur: there is no verb {word!r}{meant}; see lemur --help\n"
 
 
 @pytest.mark.parametrize(

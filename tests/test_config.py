@@ -128,6 +128,7 @@ def test_what_cannot_work_or_has_no_effect_is_refused(options, message):
     [
         ("--config.train.stps=3", ["train.stps", "'3'", "train.steps"]),
         ("--config.trian.steps=3", ["trian.steps", "train.steps"]),
+        ("--config.zzz=3", ["zzz", "docs/configuration.md lists all"]),
         ("--config.train.steps=many", ["train.steps", "many"]),
         ("--config.mesh.fsdp=2.5", ["mesh.fsdp", "2.5"]),
         ("--config.train=3", ["train"]),
@@ -142,8 +143,9 @@ def test_what_cannot_work_or_has_no_effect_is_refused(options, message):
     ],
 )
 def test_bad_override_is_one_line_that_names_it(path, override, words):
+    right = ["--config.data.sources={'code': {'share': 1.0}}", "--config.data.sources['code'].share=2.0"]
     with pytest.raises(UserError) as error:
-        load(path, [override])
+        load(path, [*right, override])
     message = str(error.value)
     assert "\n" not in message
     for word in words:

@@ -125,7 +125,7 @@ def _parser() -> tuple[argparse.ArgumentParser, Collection[str]]:
     """The parser and the names of its verbs."""
     parser = _Parser(
         prog="lemur",
-        description="Pretrain, tune, convert and run Llama models in JAX, from one machine to a TPU pod.",
+        description="Pretrain, tune, convert and run language models in JAX, from one machine to a TPU pod.",
     )
     parser.add_argument("--version", action="version", version=f"lemur_jax {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")

@@ -26,27 +26,29 @@ def add_verb(verbs: Verbs, run, summary: str, example: str) -> argparse.Argument
     return parser
 
 
-def add_config(sub: argparse.ArgumentParser) -> None:
+def add_config(parser: argparse.ArgumentParser) -> None:
     """`--config FILE`, and `--config.a.b=value` in `args.overrides`."""
     text = "config file, optionally with an argument: path.py or path.py:arg"
-    sub.add_argument("--config", required=True, help=text)
-    sub.set_defaults(takes_config=True)
+    parser.add_argument("--config", required=True, help=text)
+    parser.set_defaults(takes_config=True)
 
 
-def add_devices(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
+def add_devices(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--virtual-devices", type=int, default=0, metavar="N", help="run on N virtual CPU devices"
     )
 
 
-def add_checkpoint(sub: argparse.ArgumentParser, required: bool = True) -> None:
+def add_checkpoint(parser: argparse.ArgumentParser, required: bool = True) -> None:
     text = "checkpoint directory, workdir, Hugging Face directory or ORG/NAME[@REVISION]"
-    sub.add_argument("--checkpoint", required=required, default="", help=text)
-    sub.add_argument("--step", type=int, help="default: the newest")
-    sub.add_argument("--mesh", default="", help="e.g. fsdp=4,tensor=2; default: all devices fsdp")
-    sub.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation")
-    sub.add_argument("--weights", default="float", choices=("float", "int8"), help="int8: 8-bit matrices")
-    add_devices(sub)
+    parser.add_argument("--checkpoint", required=required, default="", help=text)
+    parser.add_argument("--step", type=int, help="default: the newest")
+    parser.add_argument("--mesh", default="", help="e.g. fsdp=4,tensor=2; default: all devices fsdp")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of the computation"
+    )
+    parser.add_argument("--weights", default="float", choices=("float", "int8"), help="int8: 8-bit matrices")
+    add_devices(parser)
 
 
 def check_output_file(option: str, path: str) -> None:

@@ -30,8 +30,8 @@ def require_one_of(key: str, value: str, known: Iterable[str]) -> None:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`; did you mean NAME?` with the nearest of `known`; "" where there is none."""
-    nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.0)
+    """`; did you mean NAME?` with the nearest of `known`; "" where none is like it."""
+    nearest = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 

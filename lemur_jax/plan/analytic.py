@@ -95,8 +95,8 @@ def lower_bound(config: RunConfig, tpu: Slice) -> Bound:
     update = [(gradients, "gradients")]
     buffers = [(moments, "optimizer state"), (parameters, "parameters"), (frozen, "frozen parameters")]
     buffers += max(backward, update, key=lambda each: sum(size for size, _ in each))
-    # Each parameter, moment and gradient is read; parameter and moment are written.
-    moved = 2 * (parameters + moments) + gradients + frozen
+    # Each parameter, moment and gradient is read; parameter and moment are written. Frozen ones are read in products.
+    moved = 2 * (parameters + moments) + gradients
     chip = tpu.generation
     offloaded = sum(size for _, size in stored_bytes(model, compute, length, mesh, "host"))
     network, exchange = _transfers(model, compute, config.adapter, microbatches, mesh, tokens, tpu)
@@ -209,12 +209,16 @@ def _transfers(
     data, fsdp, expert, sequence, tensor = (mesh.shape[axis] for axis in AXES)
     size = jnp.dtype(compute.dtype).itemsize
     narrow = compute.product_dtype or (adapter.rank and adapter.base_dtype == "int8")
-    sizes, weights, shards = param_sizes(model), 0.0, 0.0
-    # Weights of experts are gathered over fsdp alone.
-    routed = sum(size for path, size in sizes.items() if "/mlp/" in path) if model.num_experts else 0
-    for count, ways in ((sum(sizes.values()) - routed, fsdp * expert), (routed / expert, fsdp)):
-        weights += count / tensor * (ways - 1) / ways
-        shards += count / tensor / ways
+    gathered = reduced = shards = 0.0
+    for path, count in param_sizes(model).items():
+        # Weights of experts are gathered over fsdp alone.
+        routed = model.num_experts and "/mlp/" in path
+        shard = count / tensor / expert / fsdp
+        others = shard * (fsdp * (1 if routed else expert) - 1)
+        # In both passes of a microbatch; the embedding is read forward alone, the head in one loop over chunks.
+        gathered += microbatches * others * (2 if path.startswith("layers/") else 1)
+        reduced += others
+        shards += shard
     # Two sums of the layer's width forward and two backward, each a reduce-scatter and a gather.
     layers = model.num_hidden_layers
     activations = 8 * layers * tokens * model.hidden_size * size * (tensor - 1) / tensor
@@ -225,8 +229,7 @@ def _transfers(
     activations += 2 * layers * tokens * exchanged * size * (sequence - 1) / sequence
     axes = [2 if wrap else 1 for wrap, length in zip(tpu.wrap, tpu.shape, strict=True) if length > 1]
     all_links = max(1, sum(axes)) * tpu.generation.link
-    # Gathered in both passes of a microbatch; gradients are reduced once at least, over `fsdp` and over `data`.
-    moved = 2 * microbatches * weights * (1 if narrow else size)
-    if not adapter.rank:
-        moved += size * (weights + 2 * shards * (data - 1) / data)
+    moved = gathered * (1 if narrow else size)
+    if not adapter.rank:  # gradients are reduced once at least, over `fsdp` and over `data`
+        moved += size * (reduced + 2 * shards * (data - 1) / data)
     return (moved + activations) / all_links, activations / tpu.generation.link

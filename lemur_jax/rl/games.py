@@ -4,9 +4,11 @@ import itertools
 import random
 from collections.abc import Sequence
 
+from lemur_jax.agents import intercode, mint
 from lemur_jax.agents.environments import Environment, Step
 from lemur_jax.agents.episodes import open_environments
 from lemur_jax.agents.mint_checks import evaluate
+from lemur_jax.rl.config import RlConfig
 
 SIDE, FARTHEST = 8, 3  # rooms along a side of the house, and moves of the longest path
 MOVES = {"north": (0, -1), "south": (0, 1), "west": (-1, 0), "east": (1, 0)}
@@ -85,6 +87,14 @@ def calculate(text: str) -> int | None:
     """The value of an expression if it is a whole number, else None."""
     value = evaluate(text.strip()[:100])
     return value if type(value) is int else None
+
+
+def longest_episode(options: RlConfig) -> int:
+    """Turns of the longest episode: those that the environment fixes, else `max_turns`. Opens no environment."""
+    fixed = {"lamp": FARTHEST, "intercode-sql": intercode.MAX_STEPS, "intercode-bash": intercode.MAX_STEPS}
+    if options.environment.partition("-")[0] == "mint":
+        return mint.MAX_STEPS
+    return fixed.get(options.environment, options.max_turns)
 
 
 def tasks(name: str, data: str = ".") -> tuple[Sequence[Environment], Sequence[Environment]]:

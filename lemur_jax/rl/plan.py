@@ -19,6 +19,7 @@ from lemur_jax.plan.generate import GeneratePlan, format_generate_plan, plan_gen
 from lemur_jax.plan.plan import GIB, Plan, estimate_cost, format_plan, program_plan
 from lemur_jax.plan.topologies import described_devices, find_slice
 from lemur_jax.rl.config import RlConfig
+from lemur_jax.rl.games import longest_episode
 from lemur_jax.rl.objective import policy
 from lemur_jax.rl.rollouts import engine_rows
 from lemur_jax.train.step import build
@@ -32,6 +33,7 @@ class RlPlan:
       update: of all episodes.
       engine: prefill of `engine.batch` rows and decode of as many.
       episodes, rows: of a step, and those in decode at a time.
+      turns: of each episode at most: what the environment fixes, else `config.rl.max_turns`.
       hbm_sampling: bytes a chip while sampling: the trainer's state, the engine's weights and cache, and temporaries;
         off-policy also what the update needs.
       prompt_tokens, new_tokens: read and sampled in a step, if every episode takes all turns and all tokens.
@@ -42,6 +44,7 @@ class RlPlan:
     engine: GeneratePlan
     episodes: int
     rows: int
+    turns: int
     hbm_sampling: int
     prompt_tokens: int
     new_tokens: int
@@ -65,10 +68,10 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
     Raises:
       UserError: as `plan.plan`, or the prompt leaves no room.
     """
-    length, turns = config.data.sequence_length, config.rl.max_turns
+    length, turns = config.data.sequence_length, longest_episode(config.rl)
     if not 0 < prompt_length <= length - turns:
         raise UserError(
-            f"--prompt-length {prompt_length} must leave a token for each of config.rl.max_turns {turns} turns in"
+            f"--prompt-length {prompt_length} must leave a token for each of the {turns} turns of an episode in"
             f" config.data.sequence_length {length}"
         )
     if config.adapter.rank or config.distill.teacher:
@@ -107,6 +110,7 @@ def plan_rl(config: RunConfig, topology: str, *, slices: int = 1, prompt_length:
         engine=engine,
         episodes=episodes,
         rows=rows,
+        turns=turns,
         hbm_sampling=sampling + engine.decode.hbm["kv_cache"] * prefill_rows // rows,
         prompt_tokens=sum(count * size for count, size in reads),
         new_tokens=episodes * turns * new_tokens,
@@ -154,7 +158,9 @@ def format_rl_plan(plan: RlPlan) -> str:
     }
     if None not in parts.values():
         total = sum(filter(None, parts.values()))
-        lines.append(f"ESTIMATED step of {plan.episodes} episodes: {total:.1f} s (not measured)")
+        lines.append(
+            f"ESTIMATED step of {plan.episodes} episodes of {plan.turns} turns: {total:.1f} s (not measured)"
+        )
         lines += [
             f"  {name:<32}{seconds:10.1f} s  {seconds / total:6.1%}"
             for name, seconds in parts.items()

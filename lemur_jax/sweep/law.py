@@ -110,7 +110,7 @@ def read_bits(
 ) -> dict[str, float]:
     """Bits per byte by group, at a step or at the last evaluation."""
     tasks = {
-        record["task"]: record["bits_per_byte"]
+        record["task"]: record.get("bits_per_byte")
         for record in read_metrics(directory)
         if record.get("kind") == "eval" and step in (None, record["step"])
     }

@@ -11,6 +11,7 @@ from etils import epath
 from lemur_jax.common.errors import UserError
 from lemur_jax.config import RunConfig, load
 
+MAX_RUNS = 1000
 # Keys that change the held-out figures of the base, with which those of all runs are compared.
 _OF_THE_BASE = (
     "adapter.checkpoint",
@@ -102,7 +103,8 @@ def plan_runs(
       varied: every other key that is varied, with its values.
       sources: what the parts of a ratio are, see `source_parts`.
 
-    Raises UserError for a ratio that does not fit the sources, no seeds, a key of the base, or the same run twice.
+    Raises UserError for a ratio that does not fit the sources, no seeds, a key of the base, too many runs, or the same
+    run twice.
     """
     if config.data.mixture:
         raise UserError(
@@ -117,6 +119,11 @@ def plan_runs(
     ratios = list(ratios) or [":".join(f"{sum(shares[name] for name in part):g}" for part in parts)]
     if seeds < 1:
         raise UserError(f"--seeds is {seeds}: it must be at least 1")
+    count = len(ratios) * math.prod(len(values) for _, values in varied) * seeds
+    if count > MAX_RUNS:
+        raise UserError(
+            f"the sweep has {count:,} runs, above {MAX_RUNS:,}: give fewer --ratios, values of --vary, or --seeds"
+        )
     for ratio in ratios:
         if len(parse_ratio(ratio)) != len(parts):
             parts_text = ", ".join("&".join(part) for part in parts)

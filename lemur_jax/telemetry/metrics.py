@@ -7,10 +7,12 @@ docs/metrics.md lists every key with its unit. JSON has no NaN and no infinity: 
 """
 
 import contextlib
+import itertools
 import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
@@ -21,29 +23,23 @@ from lemur_jax.common.paths import is_object_store
 from lemur_jax.telemetry.trackers import TensorBoard, WeightsAndBiases
 
 METRICS_FILE = "metrics.jsonl"
+# Keys whose values are no numbers.
+_TEXTS = ("kind", "task", "commit", "host", "devices", "weights")
+_LISTS = ("versions", "changes", "documents")
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
-_KINDS = ("train", "eval", "balance", "skip", "rollback", "start", "extension", "time")  # of runs
-# Their values that are no numbers.
-_TYPES: dict[str, Any] = {
-    **dict.fromkeys(("kind", "task", "commit", "host", "devices"), str | None),
-    **dict.fromkeys(("documents", "versions", "changes"), list),
-}
-
 
 def read_metrics(workdir: epath.PathLike) -> list[Record]:
-    """All records of a run as they were written; warns of lines that cannot be read. UserError without a file."""
-    records, skipped = scan_metrics(workdir)
-    if skipped:
-        logger.warning("%s/%s: %d unreadable lines were skipped", os.fspath(workdir), METRICS_FILE, skipped)
-    return records
+    """All records of a run as they were written; otherwise as `scan_metrics`."""
+    return scan_metrics(workdir)[0]
 
 
 def scan_metrics(workdir: epath.PathLike) -> tuple[list[Record], int]:
-    """The records of a run, and how many lines could not be read: not UTF-8, not JSON, no record with a step, or
-    a value of a wrong type.
+    """The records of a run, and how many lines could not be read, which is also logged.
+
+    These are not UTF-8, not JSON, no record with a step, or have a value of another type than docs/metrics.md says.
 
     A last line without a newline was cut off by a kill, or is being written now, and is not counted.
     """
@@ -57,7 +53,9 @@ def scan_metrics(workdir: epath.PathLike) -> tuple[list[Record], int]:
     *lines, last = data.split(b"\n")
     parsed = [_parse(line) for line in lines if line.strip()]
     records = [record for record in [*parsed, _parse(last)] if record is not None]
-    return records, parsed.count(None)
+    if skipped := parsed.count(None):
+        logger.warning("%s/%s: %d unreadable lines were skipped", os.fspath(workdir), METRICS_FILE, skipped)
+    return records, skipped
 
 
 class MetricsWriter(contextlib.AbstractContextManager):
@@ -194,12 +192,19 @@ def _parse(line: bytes) -> Record | None:
         record = json.loads(line.decode())  # of bytes, json would guess the encoding
     except (ValueError, RecursionError):  # not JSON, or not UTF-8
         return None
-    if not isinstance(record, dict) or type(record.get("step")) is not int:
-        return None
-    is_known = record.get("kind") in _KINDS
-    checked = record if is_known else record.keys() & {"kind"}
-    is_plain = all(isinstance(record[key], _TYPES.get(key, int | float | None)) for key in checked)
-    return record if is_plain else None
+    is_record = isinstance(record, dict) and type(record.get("step")) is int
+    return record if is_record and all(itertools.starmap(_is_valid, record.items())) else None
+
+
+def _is_valid(key: str, value: Any) -> bool:
+    """Whether a value has the type that docs/metrics.md gives: text, a list of texts, a finite number, or null."""
+    if value is None:
+        return key != "task"
+    if key in _LISTS:
+        return isinstance(value, list) and all(isinstance(each, str) for each in value)
+    if key in _TEXTS:
+        return isinstance(value, str)
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # false of NaN
 
 
 def _plain(value: Any) -> Any:

@@ -60,8 +60,9 @@ def test_an_update_on_v4(narrow_plan):
     assert made.parts["attention kernels"] > 0
 
     moved = {row["kind"]: row["bytes"] for row in made.collectives}
-    # Weights of the layers are gathered twice in bf16, embedding and head once or twice.
-    assert 2 * 2 * weights * 0.7 < moved["all-gather"] < 2 * 3 * weights
+    # Weights of the layers are gathered twice in bf16, embedding and head once at least.
+    ends = sum(size for path, size in param_sizes(model).items() if not path.startswith("layers/"))
+    assert 2 * (2 * weights - ends) * 0.99 < moved["all-gather"] < 2 * 3 * weights
     # Gradients travel by all-to-alls in bf16.
     assert set(re.findall(r"= \(*(\w+)\[.* all-to-all(?:-start)?\(", text)) == {"bf16"}
     assert moved["all-to-all"] == pytest.approx(2 * matrices(model), rel=0.01)

@@ -35,7 +35,7 @@ def test_trainer_and_engine_together(tpu_compiler, narrow):
 @pytest.mark.parametrize(
     ("changes", "length", "message"),
     [
-        ({}, 511, "--prompt-length 511 must leave a token for each"),
+        ({}, 511, "--prompt-length 511 must leave a token for each of the 2 turns of"),
         ({"adapter.rank": 2}, 128, "unset adapter.rank"),
         ({"distill.teacher": "big", "rl.kl": 0.0}, 128, "unset adapter.rank and distill.teacher"),
         ({"rl.group_size": 3}, 128, "it must be a multiple of config.rl.group_size 3"),

@@ -2,12 +2,14 @@
 
 import contextlib
 import gc
+import itertools
 
 import pytest
 
 from lemur_jax.agents import episodes, intercode
 from lemur_jax.common.errors import UserError
 from lemur_jax.rl import games
+from lemur_jax.rl.config import RlConfig
 
 
 @pytest.mark.parametrize(
@@ -50,6 +52,18 @@ def test_the_database_server_lives_until_the_process_ends(tmp_path, monkeypatch)
     assert train[0].content["gold"] == "SELECT 1"  # with which a run goes on
     at_exit.pop()()
     assert not running
+
+
+def test_the_longest_episode_is_known_without_its_environment():
+    for name, turns in (
+        ("lamp", 3),
+        ("mint-gsm8k", 5),
+        ("intercode-sql", 10),
+        ("intercode-bash", 10),
+        ("sql", 7),
+    ):
+        assert games.longest_episode(RlConfig(environment=name, max_turns=7)) == turns
+    assert max(one.max_turns for one in itertools.chain(*games.tasks("lamp"))) == 3
 
 
 def test_an_unknown_environment_is_told_of_all():

@@ -61,6 +61,7 @@ def test_languages_of_one_corpus_are_a_part(project, monkeypatch):
         ({"ratios": ["1:1", "1:1"]}, "a run twice"),
         ({"ratios": ["3:1", "1:1", "6:2"]}, "a run twice"),
         ({"seeds": 0}, "--seeds is 0"),
+        ({"seeds": 10**12}, "has 1,000,000,000,000 runs, above 1,000"),
         ({"sources": "code"}, "must name each of code, text once"),
         ({"varied": [("init.checkpoint", ["a", "b"])]}, "vary config.init.checkpoint: all runs .* one base"),
         ({"varied": [("data.sequence_length", ["64", "32"])]}, "compared with one base"),

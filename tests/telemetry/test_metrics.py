@@ -95,12 +95,13 @@ def test_a_torn_line_is_left_out_and_cut_off(tmp_path):
 
 def test_damage_in_the_middle_is_left_out_with_a_warning(tmp_path, caplog):
     damage = [b"\0\0\0", b"[1]", b"\xff", b"", b'{"step": "x"}', b'{"kind": "train"}', b"[" * 20_000]
-    damage += [b'{"step": true}', b'{"step": 1, "kind": "train", "loss": "low"}']
-    damage += [b'{"step": 1, "kind": "eval", "task": ["a"]}', b'{"step": 1, "kind": []}']
+    typed = ('"loss": "low"', '"loss": 1e999', f'"loss": {"9" * 400}', '"loss": [1.0]', '"versions": "jax"')
+    typed += ('"host": 3', '"kind": 3', '"task": null', '"versions": [1]')
+    damage += [b'{"step": 1, %s}' % field.encode() for field in typed] + [b'{"step": true}']
     lines = [json.dumps(train(1)).encode(), *damage, json.dumps(train(2)).encode()]
     (tmp_path / METRICS_FILE).write_bytes(b"\n".join(lines) + b"\n")
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
-    assert "10 unreadable lines were skipped" in caplog.text
+    assert "16 unreadable lines were skipped" in caplog.text
     with MetricsWriter(tmp_path) as writer:
         writer.truncate_after(5)
     assert [record["step"] for record in map(json.loads, (tmp_path / METRICS_FILE).open())] == [1, 2]
