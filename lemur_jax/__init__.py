@@ -25,23 +25,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-__all__ = [
-    "Tokenizer",
-    "UserError",
-    "complete",
-    "config_from_checkpoint",
-    "default_config",
-    "export_hf",
-    "import_hf",
-    "load_config",
-    "load_session",
-    "parse_mesh",
-    "plan_run",
-    "prepare_data",
-    "preset",
-    "train_model",
-]
-
 # Public name -> module and name there.
 _EXPORTS = {
     "Tokenizer": ("lemur_jax.text.tokenizer", "Tokenizer"),
@@ -59,6 +42,7 @@ _EXPORTS = {
     "preset": ("lemur_jax.models.presets", "preset"),
     "train_model": ("lemur_jax.train.loop", "train"),
 }
+__all__ = list(_EXPORTS)
 
 
 def __getattr__(name: str) -> Any:

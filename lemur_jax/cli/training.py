@@ -153,7 +153,7 @@ def _parse_vary(text: str) -> tuple[str, list[str]]:
     """The key and the values of "key=value,value"; a comma in parentheses is part of a value."""
     key, _, rest = text.partition("=")
     values = [value.strip() for value in re.split(r",(?![^(]*\))", rest)]
-    if not all(values):
+    if not key or not all(values):
         raise UserError(
             f"cannot read --vary {text!r}: write a config key and values, e.g. train.steps=100,200"
         )
@@ -162,25 +162,29 @@ def _parse_vary(text: str) -> tuple[str, list[str]]:
 
 def _sweep(args) -> int:
     varied = list(map(_parse_vary, args.vary))
+    for key, _ in varied:
+        if any(word.startswith(f"--config.{key}=") for word in args.overrides):
+            raise UserError(f"--config.{key} has no effect beside --vary {key}: leave one of them out")
     # With the first of the varied values: the config's own need not be valid.
     config = open_config(args, [f"--config.{key}={values[0]}" for key, values in varied])
     ratios, merges = (
         [word.strip() for word in text.split(",") if word.strip()] for text in (args.ratios, args.merge)
     )
+    from lemur_jax.sweep.merging import plan_merges
     from lemur_jax.sweep.runs import command, plan_runs, run_configs
 
     runs = plan_runs(config, ratios, args.seeds, varied, args.sources)
+    merged = plan_merges(merges, runs)
     configs = run_configs(args.config, args.overrides, runs)
     if args.print:
         for run in runs:
             print(command(args.config, args.overrides, run, args.workdir))
         return 0
     start_jax(args, config.hosts.connect_seconds, config.hosts.lost_seconds)
-    from lemur_jax.sweep.merging import plan_merges
     from lemur_jax.sweep.results import markdown_table
     from lemur_jax.sweep.runner import sweep
 
-    results = sweep(configs, plan_merges(merges, runs), args.workdir, args.command)
+    results = sweep(configs, merged, args.workdir, args.command)
     if results:
         plot = "pareto.svg, " if len(results.groups) > 1 else ""
         print(f"{markdown_table(results)}\nwrote {args.workdir}/index.html, table.md, {plot}results.json")

@@ -70,36 +70,32 @@ def all_tasks(runs: Iterable[Run]) -> list[str]:
 
 
 def _read_run(path: str, name: str) -> Run:
-    by_step: dict[str, dict[int, Record]] = {"train": {}, "balance": {}}
-    evals: dict[str, dict[int, Record]] = {}
-    others: dict[str, list[Record]] = {"start": [], "time": []}
     records, skipped = scan_metrics(path)
-    for record in records:
-        kind, step = record.get("kind"), record["step"]
-        if kind in by_step:  # the later record of a step counts
-            by_step[kind][step] = record
-        elif kind == "eval" and "task" in record:
-            evals.setdefault(record["task"], {})[step] = record
-        elif kind in others:
-            others[kind].append(record)
-    if not by_step["train"] and not evals:
+    tasks = dict.fromkeys(one["task"] for one in records if one.get("kind") == "eval" and "task" in one)
+    evals = {task: _by_step(records, "eval", task) for task in tasks}
+    train = _by_step(records, "train")
+    if not train and not evals:
         unreadable = f" that can be read ({skipped} lines cannot)" if skipped else " yet"
         raise UserError(f"{METRICS_FILE} in {path} holds no record{unreadable}: wait for the first step")
     return Run(
         name=name,
         workdir=path,
         config=flatten(read_config(epath.Path(path))),
-        train=_sorted(by_step["train"]),
-        evals={task: _sorted(steps) for task, steps in evals.items()},
-        balance=_sorted(by_step["balance"]),
-        starts=others["start"],
-        time=(others["time"] or [{}])[-1],
+        train=train,
+        evals=evals,
+        balance=_by_step(records, "balance"),
+        starts=[record for record in records if record.get("kind") == "start"],
+        time=next((record for record in reversed(records) if record.get("kind") == "time"), {}),
         skipped_lines=skipped,
     )
 
 
-def _sorted(records: dict[int, Record]) -> list[Record]:
-    return [records[step] for step in sorted(records)]
+def _by_step(records: Iterable[Record], kind: str, task: str | None = None) -> list[Record]:
+    """Records of a kind, and of a task; of two of one step the later counts."""
+    found = {
+        one["step"]: one for one in records if one.get("kind") == kind and task in (None, one.get("task"))
+    }
+    return [found[step] for step in sorted(found)]
 
 
 def _short_names(paths: list[str]) -> list[str]:

@@ -157,6 +157,6 @@ def test_the_tokenizer_must_be_the_stores(make_store, tmp_path, tokenizer, chat_
         TokenStore.open(path, tokenizer)
     make_store([[1, 2]])
     with pytest.raises(
-        UserError, match=f"tokenizer 01234567; the one given is {tokenizer.digest[:8]}: point"
+        UserError, match=f"tokenizer ffffffff; the one given is {tokenizer.digest[:8]}: point"
     ):
         TokenStore.open(path, tokenizer)

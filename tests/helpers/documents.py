@@ -99,19 +99,9 @@ MakeStore = Callable[..., TokenStore]
 def make_store(tmp_path) -> MakeStore:
     """make_store(documents, masks=None, name="a/train", **manifest fields) writes and opens a store."""
 
-    def make(
-        documents: Sequence, masks: Sequence | None = None, name: str = "a/train", **fields
-    ) -> TokenStore:
+    def make(documents: Sequence, masks: Sequence | None = None, name="a/train", **fields) -> TokenStore:
         task, _, split = name.partition("/")
-        fields = {
-            "task": task,
-            "split": split,
-            "source": "made up",
-            "tokenizer_digest": "0123456789" * 6,
-            "added_tokens": {},
-            "vocab_size": 1000,
-            "has_loss_mask": masks is not None,
-        } | fields
+        fields = FIELDS | {"task": task, "split": split, "has_loss_mask": masks is not None} | fields
         (tmp_path / task).mkdir(exist_ok=True)
         with StoreWriter(tmp_path / task / split, Manifest(**fields)) as writer:
             for index, ids in enumerate(documents):

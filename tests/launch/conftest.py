@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import stat
 import subprocess
 import sys
 
@@ -50,13 +49,17 @@ SSH_SECONDS=5
 """
 
 
+def executable(path: pathlib.Path, text: str) -> None:
+    """Writes a program."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
 class Pod:
     def __init__(self, home: pathlib.Path):
         self.home = home
-        (home / "bin").mkdir()
-        fake = home / "bin" / "gcloud"
-        fake.write_text(f"#!{sys.executable}\n{FAKE}")
-        fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+        executable(home / "bin" / "gcloud", f"#!{sys.executable}\n{FAKE}")
         self.settings("")
 
     def settings(self, more: str) -> None:

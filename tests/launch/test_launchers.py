@@ -4,11 +4,12 @@ import os
 import pathlib
 import shlex
 import shutil
-import stat
 import subprocess
 
 import pytest
 import yaml
+
+from tests.launch.conftest import executable
 
 ROOT = pathlib.Path(__file__).parents[2]
 SETTINGS = """
@@ -22,11 +23,6 @@ ACCELERATOR=v4-16
 IMAGE=registry/lemur:1
 """
 SMOKE = "SMOKE=(--checkpoint 'gs://bucket/a b' --mesh fsdp=8)\n"
-
-
-def executable(path, text):
-    path.write_text(text)
-    path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
 @pytest.fixture
@@ -138,7 +134,6 @@ def test_xpk_makes_a_manifest_that_keeps_our_exit_statuses(tmp_path):
     [(0, 0, False), (2, 0, False), (75, 0, True), (137, 3, True), (75, 20, False)],
 )
 def test_slurm_requeues_after_75_and_signals(tmp_path, status, restarts, requeued):
-    (tmp_path / "bin").mkdir()
     executable(
         tmp_path / "bin" / "srun", f'#!/bin/bash\nprintf "%s\\n" "$@" >{tmp_path}/words\nexit {status}\n'
     )
@@ -164,7 +159,6 @@ def test_skypilot_restarts_after_a_lost_host_or_a_kill():
 def test_skypilot_starts_one_process_a_machine(tmp_path):
     task = yaml.safe_load((ROOT / "launch" / "gpu.sky.yaml").read_text())
     lemur = tmp_path / ".venv" / "bin" / "lemur"
-    lemur.parent.mkdir(parents=True)
     executable(
         lemur,
         '#!/bin/bash\nprintf "%s\\n" "$JAX_COORDINATOR_ADDRESS $JAX_PROCESS_ID $JAX_NUM_PROCESSES" "$@"\n',

@@ -97,33 +97,19 @@ def test_worker_that_stays_away_costs_one_new_slice_and_then_the_run(pod):
     assert "delete" in pod.steps()
 
 
-def test_no_quota_ends_it_at_once(pod):
-    done = pod("watch", rules=[
-        {"when": DESCRIBE, "out": "NOT_FOUND", "code": 1},
-        {"when": "create", "out": "RESOURCE_EXHAUSTED: Quota limit 'TPUV4PerProject' has been exceeded", "code": 1},
-    ])  # fmt: skip
-    assert done.returncode == 3
-    assert "no quota for v4-16 in some-zone" in done.stderr
-    assert pod.steps() == ["create"]
-
-
-def test_no_capacity_waits_for_some(pod):
-    done = pod("create", rules=[
-        {"when": DESCRIBE, "out": "NOT_FOUND", "code": 1, "times": 2},
-        {"when": "create", "out": "There is no more capacity in the zone", "code": 1},
-        *FINISHED,
-    ])  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert pod.steps() == ["create", "create"]
-
-
-def test_refused_request_names_the_settings(pod):
-    done = pod("create", rules=[
-        {"when": DESCRIBE, "out": "NOT_FOUND", "code": 1},
-        {"when": "create", "out": "INVALID_ARGUMENT: unknown accelerator", "code": 1},
-    ])  # fmt: skip
-    assert done.returncode == 2
-    assert "unknown accelerator" in done.stderr
+@pytest.mark.parametrize(
+    ("refusal", "status", "says", "requests"),
+    [
+        ("RESOURCE_EXHAUSTED: Quota limit 'T' has been exceeded", 3, "no quota for v4-16 in some-zone", 1),
+        ("INVALID_ARGUMENT: unknown accelerator", 2, "unknown accelerator", 1),
+        ("There is no more capacity in the zone", 0, "", 2),  # waits for some
+    ],
+)
+def test_a_refused_request_ends_it_unless_capacity_may_come(pod, refusal, status, says, requests):
+    absent = {"when": DESCRIBE, "out": "NOT_FOUND", "code": 1, "times": requests}
+    done = pod("create", rules=[absent, {"when": "create", "out": refusal, "code": 1}, *FINISHED])
+    assert (done.returncode, says in done.stderr) == (status, True)
+    assert pod.steps() == ["create"] * requests
 
 
 @pytest.mark.parametrize("status", ["75\n75", "137\n75", "1\n0"])

@@ -6,6 +6,8 @@ import subprocess
 
 import pytest
 
+from tests.launch.conftest import executable
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -19,10 +21,7 @@ def worker(tmp_path):
         return subprocess.run(command, capture_output=True, text=True, timeout=60, **more)
 
     def install(script):
-        lemur = tmp_path / ".venv" / "bin" / "lemur"
-        lemur.parent.mkdir(parents=True, exist_ok=True)
-        lemur.write_text("#!/bin/bash\n" + script)
-        lemur.chmod(0o755)
+        executable(tmp_path / ".venv" / "bin" / "lemur", "#!/bin/bash\n" + script)
 
     run.install, run.home = install, tmp_path
     return run
@@ -94,12 +93,10 @@ def test_worker_starts_and_stops_a_run(worker):
 def fakes(tmp_path):
     """Programs that write down how they were called: `fakes("uv", "exit 1")` puts one into a PATH."""
     directory = tmp_path / "fakes"
-    directory.mkdir()
     calls = tmp_path / "calls"
 
     def install(name, script=""):
-        (directory / name).write_text(f'#!/bin/bash\necho {name} "$@" >>{calls}\n{script}\n')
-        (directory / name).chmod(0o755)
+        executable(directory / name, f'#!/bin/bash\necho {name} "$@" >>{calls}\n{script}\n')
 
     install.environment = {"PATH": f"{directory}:/usr/bin:/bin", "HOME": str(tmp_path / "home")}
     install.calls = lambda: calls.read_text().splitlines() if calls.exists() else []

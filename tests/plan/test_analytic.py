@@ -95,6 +95,12 @@ def test_positions_traded_for_heads_cost_time():
     bound = analytic.lower_bound(config, topologies.find_slice("v5e-16"))
     assert bound.network == pytest.approx(moved / (2 * 45e9), rel=0.01)
     assert bound.exchange == pytest.approx(moved / 45e9, rel=0.01)
+    waiting = bound.network + bound.exchange
+    assert bound.likely_seconds == pytest.approx(bound.compute + bound.memory + waiting)
+    # 8 key heads are repeated for 16 devices: 32 + 16 heads in place of 64.
+    config = replace(config, {"model.num_key_value_heads": 8})
+    fewer = analytic.lower_bound(config, topologies.find_slice("v5e-16"))
+    assert fewer.exchange == pytest.approx(bound.exchange * 48 / 64)
     config = replace(config, {"model.num_attention_heads": 20, "model.num_key_value_heads": 20})
     result = search.SearchResult()
     kept = search.all_layouts(config, topologies.find_slice("v5e-16"), result)
@@ -104,12 +110,13 @@ def test_positions_traded_for_heads_cost_time():
 
 def test_what_layers_keep_is_cut_over_tensor():
     """A row lies on 4 chips instead of one, so each has four times the tokens and a fourth of every array."""
-    by_name, whole = (
-        buffers_of(bound_of("v5e-4", compute__remat="mlp_all", mesh__tensor=tensor)) for tensor in (4, 1)
-    )
+    cut, uncut = (bound_of("v5e-4", compute__remat="mlp_all", mesh__tensor=tensor) for tensor in (4, 1))
+    by_name, whole = buffers_of(cut), buffers_of(uncut)
     kept = [name for name in whole if name.startswith("activations kept")]
     assert len(kept) == 7
     assert all(by_name[name] == whole[name] for name in kept)
+    # Four sums a layer, each scattered and gathered: three fourths of 4096 numbers a token.
+    assert cut.exchange == pytest.approx(4 * 2 * 32 * (32 * 4096) * 4096 * 2 * 3 / 4 / 45e9)
 
 
 def test_host_memory_costs_time():

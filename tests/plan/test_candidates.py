@@ -172,6 +172,19 @@ def test_a_program_that_waits_for_the_host_says_nothing_of_others():
     assert candidates.likely_seconds(offloading, []) == pytest.approx(1.4 * 9.0)
 
 
+def test_only_what_cannot_win_is_skipped():
+    known = made_candidate(1.0, 1)
+    compiled = candidates.Trial(changes=known.changes, bound=known.bound, plan=made_plan(10.0, size=20e9))
+    for seconds, gigabytes, skipped in ((10.0, 20, True), (9.9, 20, False), (10.0, 19, False)):
+        candidate = made_candidate(seconds, gigabytes)
+        assert bool(candidates.reason_to_skip(candidate, [compiled])) == skipped
+    known = made_candidate(1.0, 10, train__microbatches=4)
+    refused = candidates.Trial(changes=known.changes, bound=known.bound, plan=made_plan(None))
+    for gigabytes, remat, skipped in ((10, "full", True), (9, "full", False), (10, "mlp", False)):
+        candidate = made_candidate(1.0, gigabytes, compute__remat=remat)
+        assert bool(candidates.reason_to_skip(candidate, [refused])) == skipped
+
+
 def test_the_configs_own_layout_comes_first(monkeypatch):
     monkeypatch.setattr(candidates, "POLICIES", ("full", "mlp", "offload_mlp"))
     options = {"data.sequence_length": 4096, "train.batch_rows": 96, "train.microbatches": 3}
@@ -216,3 +229,6 @@ def test_long_rows_are_cut_into_pieces(length, given, tried):
     )
     made = candidates.layouts(config.mesh, 16, length, topologies.find_slice("v5e-16"))
     assert {changes["mesh.sequence"] for changes in made} == tried
+    # Slices exchange gradients alone.
+    made = candidates.layouts(config.mesh, 16, length, topologies.find_slice("v5e-16", 2))
+    assert {changes["mesh.data"] % 2 for changes in made} == {0}

@@ -77,6 +77,11 @@ def test_elements_of_tuples_without_a_name(module):
     assert [each.opcode for each in short.computations["body.1"].values()].count("get-tuple-element") == 2
 
 
+def test_a_trip_that_begins_before_the_bound_counts():
+    module = hlo.parse(MODULE.replace("constant(9)", "constant(10)"))
+    assert hlo.trip_count(module, "main", module.computations["main"]["while.1"]) == 5  # 1, 3, 5, 7, 9
+
+
 def test_unknown_loop_is_an_error_rather_than_a_guess():
     module = hlo.parse(MODULE.replace("direction=LT", "direction=NE"))
     with pytest.raises(ValueError, match=r"cannot count the trips of while\.1"):

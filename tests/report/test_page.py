@@ -44,6 +44,8 @@ def test_the_page_has_all_its_parts(stages, tmp_path):
     assert outline.rows[7][1] == "2.0000± 0.0% vs base▼ -4.8% vs lemur"
     for unit in ("nats per target token", "bits per byte of text", "tokens per second", "updates"):
         assert unit in text
+    limits = [line["y"] for figure in figures(text) for line in figure["lines"] if line["dashed"]]
+    assert limits == [[1.0, 1.0]] * 3  # of each run's gradient norm
     # What differs between the configs, and all options below.
     assert "1 option differs" in text
     assert ["seed", "0", "1", "2"] in outline.rows

@@ -49,6 +49,10 @@ def test_a_law_is_found_again():
         assert abs(slope) < 1e-3
     assert found.best_share(0.8) > found.best_share(0.5)
     assert found.best_measured(0.5) == "1:1"
+    # Two groups alike share the weight of one.
+    points = [dataclasses.replace(one, bits={**one.bits, "web": one.bits["text"]}) for one in made_up()]
+    more = fit_laws({"text": 1.5, "web": 1.5, "code": 2.0}, points, "code")
+    assert more.best_share(0.5) == pytest.approx(found.best_share(0.5), abs=1e-3)
 
 
 @pytest.mark.parametrize(("share", "ratio"), [(0.0, "0:1"), (0.25, "0.33:1"), (0.995, "200:1"), (1.0, "1:0")])

@@ -163,6 +163,9 @@ def test_a_later_run_of_another_config_is_told_before_the_first_is_trained(monke
         (["--config.init.checkpoint="], "compares runs from one base"),
         (["--config.eval.tasks=()", "--sources", "code,text"], "name tasks in config.eval.tasks"),
         (["--config.data.sources.text.max_epochs=0.1"], "0:1: source text: the run needs"),
+        (["--print", "--merge", "linear"], "cannot read --merge 'linear'"),
+        (["--vary", "=3"], "cannot read --vary '=3'"),
+        (["--vary", "train.steps=3,4", "--config.train.steps=7"], "no effect beside --vary train.steps"),
         (["--config.train.steps=7"], "belongs to another config: train.steps was 6"),
         (["--config.adapter.rank=2"], "--merge is of whole models, and config.adapter.rank is 2"),
         (
