@@ -35,8 +35,8 @@ def tiny_config(options=None, **model):
 
 
 def program_on(mesh_shape, config=None, objective=None):
-    config = config or tiny_config()
     """The program on as many devices as the mesh has: (data, fsdp, sequence, tensor), or sizes by axis."""
+    config = config or tiny_config()
     if not isinstance(mesh_shape, dict):
         mesh_shape = dict(zip(("data", "fsdp", "sequence", "tensor"), mesh_shape, strict=True))
     devices = jax.devices()[: math.prod(mesh_shape.values())]

@@ -41,15 +41,7 @@ def write_stage(
                     value += 0.5 * (step < steps)
                     record = {"step": step, "kind": "eval", "task": task, "loss": 2 * value, "tokens": 300}
                     writer.write(record | {"bits_per_byte": value, "bytes": 999})
-        parts = {
-            "steps": 6000,
-            "startup": 60,
-            "compile": 540,
-            "lost": 900,
-            "data_wait": 0,
-            "eval": 0,
-            "other": 0,
-        }
+        parts = dict(steps=6000, startup=60, compile=540, lost=900, data_wait=0, eval=0, other=0)
         time = {f"{part}_seconds": seconds for part, seconds in parts.items()}
         writer.write({"step": steps, "kind": "time", "wall_seconds": 7500, "goodput": 0.8, **time})
     return workdir
