@@ -85,7 +85,7 @@ def goodput(runs: Sequence[Run]) -> str:
 
 
 def _seconds(run: Run, part: str) -> float:
-    return run.time.get(f"{part}_seconds", 0.0)
+    return run.time.get(f"{part}_seconds") or 0.0
 
 
 def mixture(runs: Sequence[Run]) -> str:

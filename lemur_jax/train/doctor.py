@@ -37,6 +37,7 @@ from lemur_jax.train.workdir import Changes, check_changes, config_changes
 
 logger = logging.getLogger(__name__)
 
+_SKIPPED = "not looked at, as another check failed"
 _CLOCK_SECONDS = 5.0  # hosts whose clocks differ by more make wrong file times and refused credentials
 
 
@@ -91,7 +92,6 @@ def doctor(config: RunConfig, workdir: epath.PathLike, *, extend: bool = False) 
                 program=program,
                 teacher=config.distill.teacher,
             )
-    skipped = "not looked at, as another check failed"
     if config.init.checkpoint or config.distill.teacher:
         # Each host reads them alone: one that fails still runs the next check.
         with _finding(findings, "first parameters") as detail, alone():
@@ -99,14 +99,13 @@ def doctor(config: RunConfig, workdir: epath.PathLike, *, extend: bool = False) 
             origins = dict(newest_metadata(workdir / "checkpoints").get("origins", {}))
             names = initial.check(resumed, origins) if initial else []
             fit = f"{', '.join(names)}: fit the model and the tokenizer"
-            detail.append(fit if names else "not needed: the run has checkpoints" if initial else skipped)
-    is_good = all(finding.good for finding in findings)
+            detail.append(fit if names else "not needed: the run has checkpoints" if initial else _SKIPPED)
     with _finding(findings, "newest checkpoint") as detail:
-        if initial and mixture and is_good:
+        if initial and mixture and all(finding.good for finding in findings):
             state = initial.program.state
             detail.append(_check_newest(workdir, config.checkpoint, changes, values, mixture, state))
         else:
-            detail.append(skipped)
+            detail.append(_SKIPPED)
     _check_storage(findings, workdir, timeout)
     findings.append(_free_disk(workdir, size, config.checkpoint.keep))
     with _finding(findings, "collectives") as detail:
