@@ -174,10 +174,9 @@ def messages_of(body: Json) -> list[Json]:
     try:
         # Training data ends with an answer. Those with weight 0 may be empty.
         past = [{**message, "weight": 0} if message.get("content") == "" else message for message in messages]
-        turns = openai_messages([*past, {"role": "assistant", "content": "-"}])[:-1]
+        return openai_messages([*past, {"role": "assistant", "content": "-"}])[:-1]
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"messages: {error}") from error
-    return [turn | {"name": message.get("name")} for turn, message in zip(turns, messages, strict=True)]
 
 
 def stops(body: Json) -> list[str]:

@@ -150,11 +150,10 @@ def _context(conversation: Any) -> str:
     """A digest of what changes a conversation's tokens or targets beside its text; "": nothing does."""
     given = conversation if isinstance(conversation, Mapping) else {"messages": conversation}
     context = {key: given[key] for key in _BESIDE_MESSAGES if given.get(key)}
-    turns = given.get("messages")
-    turns = enumerate(turns if isinstance(turns, list) else ())
-    context["untrained"] = [
-        index for index, turn in turns if isinstance(turn, Mapping) and not is_trained(turn)
-    ]
+    messages = given.get("messages")
+    turns = [turn for turn in messages if isinstance(turn, Mapping)] if isinstance(messages, list) else []
+    context["untrained"] = [index for index, turn in enumerate(turns) if not is_trained(turn)]
+    context["names"] = [turn["name"] for turn in turns if turn.get("name")]
     return digest_of(context) if any(context.values()) else ""
 
 

@@ -28,7 +28,7 @@ _ROLES = (
     | dict.fromkeys(("assistant", "gpt", "chatgpt", "bard", "bing", "function_call"), "assistant")
     | dict.fromkeys(("tool", "function", "observation", "function_response"), "tool")
 )
-_EXTRA_KEYS = {"assistant": THOUGHTS, "tool": ("name", "tool_call_id")}
+_EXTRA_KEYS = {"assistant": THOUGHTS, "tool": ("tool_call_id",)}
 
 
 def sharegpt(row: Row) -> Conversation:
@@ -210,7 +210,7 @@ def _turn(turn: Row) -> dict[str, Any]:
         calls, content = parsed if isinstance(parsed, list) else [parsed], None
     text = "" if calls and content is None else _parts(_get(turn, keys[1]))
     message = _message(role, text, turn, [_call(call) for call in calls])
-    extra = _EXTRA_KEYS.get(message["role"], ())
+    extra = ("name", *_EXTRA_KEYS.get(message["role"], ()))
     return message | {key: turn[key] for key in extra if _has(turn, key)}
 
 

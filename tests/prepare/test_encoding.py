@@ -74,6 +74,7 @@ CALLS = [[{"function": {"name": name}}] for name in "fg"]
     ("turn", "beside"),
     [
         *(([{key: "a"}, {key: "b"}], [{}] * 2) for key in ("reasoning_content", "thinking")),
+        ([{"role": "tool", "name": name} for name in "fg"], [{}] * 2),
         ([{"tool_calls": calls} for calls in CALLS], [{}] * 2),
         ([{}] * 2, [{"tools": calls} for calls in CALLS]),
         ([{}] * 2, [{"chat_template_kwargs": {"messages_": n}} for n in range(2)]),

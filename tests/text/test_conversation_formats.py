@@ -181,8 +181,8 @@ def test_bytes_of_tfds_and_tfrecord_are_text_to_a_function_and_in_metadata():
 def test_openai_with_tools():
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     messages = [
-        {"role": "developer", "content": "D"},
-        {"role": "user", "content": [{"type": "text", "text": "1 + "}, {"type": "input_text", "text": "2?"}]},
+        {"role": "developer", "content": "D", "name": None},
+        {"role": "user", "name": "Ada", "content": [{"type": "text", "text": "1 + "}, {"type": "input_text", "text": "2?"}]},
         {"role": "assistant", "content": None, "tool_calls": [call, call]},
         {"role": "tool", "tool_call_id": "1", "name": "add", "content": "3"},
         {"role": "assistant", "content": "It is 3."},
@@ -190,6 +190,7 @@ def test_openai_with_tools():
     question, answer = talk(("system", "D"), ("user", "1 + 2?")), talk(("assistant", "It is 3."))
     expected = [*question, *talk(("assistant", ""), ("tool", "3")), *answer]
     expected[2]["tool_calls"] = [{**call, "function": {"name": "add", "arguments": {"a": 1}}}] * 2
+    expected[1]["name"] = "Ada"
     expected[3] |= {"tool_call_id": "1", "name": "add"}
     assert formats.openai({"messages": messages}) == expected
 

@@ -150,6 +150,7 @@ TURNS = [{"role": role, "content": f"text {number}"} for number, role in enumera
         ("llama3_1", conversation("I look."), r"the content of turn 1 \(assistant\)"),
         ("deepseek_r1_distill_training", conversation(), r"a call of turn 1 \(assistant\)"),
         ("phi3_training", conversation(), r"the content of turn 2 \(tool\)"),
+        ("qwen2_5_training", [TURNS[0] | {"name": "Ada"}, TURNS[1]], r"the name of turn 0 \(user\)"),
         # Cohere's writes a later system turn into the first one, where answers before it would have seen it.
         ("cohere2", TURNS, r"the content of turn 2 \(system\)"),
     ],
