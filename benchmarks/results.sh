@@ -6,8 +6,8 @@
 #   bash benchmarks/results.sh
 #   RESULTS=/tmp/results SEEDS=1 STEPS=20 LIMIT=2 bash benchmarks/results.sh      # whether it runs: minutes, figures worthless
 #
-# Runs go to ./quickstart, results to docs/harmony. Stopped and started again, it goes on where it was: what is finished
-# is not repeated.
+# Runs go to ./quickstart, results to docs/harmony. Started again, it resumes: finished runs
+# are not repeated.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Running:
-    """An episode that goes on: the `messages` that the agent reads, and the `reward` of the last turn."""
+    """An unfinished episode: the `messages` that the agent reads, and the `reward` of the last turn."""
 
     def __init__(self, environment: Environment, max_turns: int):
         self.environment = environment

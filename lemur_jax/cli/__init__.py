@@ -61,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"lemur {args.verb}: {' '.join(map(str.strip, line.splitlines()))}", file=sys.stderr)
             status = USER_ERROR
     except KeyboardInterrupt:
-        text = "interrupted; the same command goes on from what is finished"
+        text = "interrupted; the same command continues from what is finished"
         print(f"lemur {args.verb}: {text}", file=sys.stderr)
         status = INTERRUPTED
     if coordination.client() is not None:

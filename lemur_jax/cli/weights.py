@@ -28,7 +28,7 @@ def add_verbs(verbs: Verbs) -> None:
     parser.add_argument("hf_dir", help="directory to make")
     parser.add_argument("--step", type=int, help="default: the newest")
     parser.add_argument("--adapter", action="store_true", help="write the LoRA adapter alone, for PEFT")
-    text = "read it again: compare all tensors with the checkpoint, and transformers' logits on 512 tokens"
+    text = "compare all tensors with the checkpoint, and transformers' logits on up to 512 tokens"
     parser.add_argument("--verify", action="store_true", help=text)
     _add_options(parser, dtype="bfloat16")
 

@@ -47,7 +47,7 @@ def compare_tensors(
 
 
 def compare_logits(directory: epath.Path, config: DecoderConfig, tokenizer: Tokenizer | None) -> str:
-    """Compares our logits with those of `transformers`, in float32, on 512 tokens of source code.
+    """Compares our logits with those of `transformers`, in float32, on up to 512 tokens of source code.
 
     Both use the weights in the directory; ours takes the shape from the checkpoint, theirs from the files, so that a
     mistake in `config.json` shows. Tokens are random without a tokenizer. Returns a line with the largest difference

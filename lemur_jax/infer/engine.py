@@ -37,7 +37,7 @@ class Request:
     Attributes:
       tokens, logprobs: chosen ids and their log-probabilities in nats under the model's own distribution.
       finish_reason: "" until it ends; then "stop" (a stop id), "length" or "cancelled".
-      decoded: how many of the first tokens have been decoded, and their text; `complete.with_text` goes on from there.
+      decoded: how many of the first tokens have been decoded, and their text, which `complete.with_text` continues.
     """
 
     prompt: Sequence[int]

@@ -53,7 +53,7 @@ def plot(found: SearchResult, title: str) -> str:
         for trial in found.trials
         if trial.fits
     ]
-    axes = ("GiB of HBM a chip", "seconds a step")
+    axes = ("GiB of HBM per chip", "seconds per step")
     plots = "".join(
         f'<div class="card scatter {kind}">{scatter_plot(title, axes, marks, size=size)}</div>'
         for kind, size in (("wide", (760, 460)), ("narrow", (360, 400)))
@@ -81,8 +81,8 @@ def config_text(best: Trial, base: str, overrides: Sequence[str], directory: pat
     versions = f"jax {plan.versions['jax']} and libtpu {plan.versions['libtpu']}"
     return f'''"""{path} as `lemur plan --search` would run it on {slice_name(plan.topology, plan.slices)}.
 
-Estimated, not measured: {plan.step_seconds:.4g} s a step, {plan.tokens_per_second_per_chip:,.0f} tokens/s/chip,
-{plan.hbm_bytes_per_chip / GIB:.2f} GiB of HBM a chip, with {versions}.
+Estimated, not measured: {plan.step_seconds:.4g} s per step, {plan.tokens_per_second_per_chip:,.0f} tokens/s/chip,
+{plan.hbm_bytes_per_chip / GIB:.2f} GiB of HBM per chip, with {versions}.
 """
 
 import os

@@ -262,13 +262,13 @@ def format_plan(plan: Plan) -> str:
     if not plan.fits and plan.hbm_bytes_per_chip == 0:  # another memory is too small
         return "\n".join([*lines, f"DOES NOT FIT: {refusal}"])
     used, limit = plan.hbm_bytes_per_chip / GIB, plan.hbm_limit_bytes_per_chip / GIB
-    lines.append(f"{'FITS' if plan.fits else 'DOES NOT FIT'}: {used:.2f} GiB of {limit:.2f} GiB HBM a chip")
+    lines.append(f"{'FITS' if plan.fits else 'DOES NOT FIT'}: {used:.2f} GiB of {limit:.2f} GiB HBM per chip")
     kinds = {**plan.hbm, "(in host memory)": plan.host_bytes_per_chip}
     lines += [f"  {kind:<22}{size / GIB:10.2f} GiB" for kind, size in kinds.items() if size]
     if plan.fits:
         return "\n".join([*lines, "", *_format_step(plan)])
     buffers = [f"  {size / GIB:8.2f} GiB  {what}" for size, what in plan.largest_buffers]
-    excess = f"{used - limit:.2f} GiB too much a chip; the largest buffers:"
+    excess = f"{used - limit:.2f} GiB too much per chip; the largest buffers:"
     return "\n".join([*lines, "", excess, *buffers, "", refusal])
 
 
@@ -286,11 +286,11 @@ def _format_step(plan: Plan) -> list[str]:
     if plan.collectives:
         lines += [
             "",
-            f"  {'collective':<22}{'count':>8}{'GB a chip':>10}{'on wire':>12}{'exposed':>12}{'hidden':>12}",
+            f"  {'collective':<22}{'count':>8}{'GB per chip':>12}{'on wire':>12}{'exposed':>12}{'hidden':>12}",
         ]
     for row in plan.collectives:
         times = (f"{scale * row[time]:9.3f} {unit:<2}" for time in ("seconds", "exposed", "hidden"))
-        lines.append(f"  {row['kind']:<22}{row['count']:8.0f}{row['bytes'] / 1e9:10.3f}{''.join(times)}")
+        lines.append(f"  {row['kind']:<22}{row['count']:8.0f}{row['bytes'] / 1e9:12.3f}{''.join(times)}")
     lines += ["", f"  {plan.tokens_per_second_per_chip:,.0f} tokens/s/chip"]
     if plan.mfu is not None:
         lines[-1] += f", MFU {plan.mfu:.1%} with causal attention, {plan.mfu_full_attention:.1%} with full"

@@ -182,7 +182,11 @@ def test_openai_with_tools():
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
     messages = [
         {"role": "developer", "content": "D", "name": None},
-        {"role": "user", "name": "Ada", "content": [{"type": "text", "text": "1 + "}, {"type": "input_text", "text": "2?"}]},
+        {
+            "role": "user",
+            "name": "Ada",
+            "content": [{"type": "text", "text": "1 + "}, {"type": "input_text", "text": "2?"}],
+        },
         {"role": "assistant", "content": None, "tool_calls": [call, call]},
         {"role": "tool", "tool_call_id": "1", "name": "add", "content": "3"},
         {"role": "assistant", "content": "It is 3."},
