@@ -86,12 +86,9 @@ def encode(tokenizer: Tokenizer, record: Record, steps: str = NO_STEPS) -> Resul
             return removed
         extra: dict[str, Any] = {}
         if cleaning.steps:
-            texts = {"": text}
-            if content != "text":
-                sides = (
-                    messages if content == "preferences" and isinstance(messages, dict) else {"": messages}
-                )
-                texts = {f"{side}{_context(said)}": conversation_text(said) for side, said in sides.items()}
+            sides = messages if content == "preferences" and isinstance(messages, dict) else {"": messages}
+            said = {f"{side}{_context(each)}": conversation_text(each) for side, each in sides.items()}
+            texts = {"": text} if content == "text" else said
             extra = {"fingerprints": cleaning.fingerprints(texts), "label": cleaning.label(meta)}
         if content == "preferences":
             return _encode_preferences(tokenizer, messages, name, extra)

@@ -41,7 +41,6 @@ from lemur_jax.prepare.prepare_tokenizer import prepare_tokenizer
 from lemur_jax.prepare.rejects import Rejects
 from lemur_jax.prepare.store_writer import StoreWriter
 from lemur_jax.text.chat_template import chat_template, check_template
-from lemur_jax.text.config import TokenizerConfig
 from lemur_jax.text.tokenizer import Tokenizer, compatible
 from lemur_jax.train.config import TrainConfig
 
@@ -78,8 +77,9 @@ def prepare(
     task_by_name = {name: tasks.find_task(split_name(name)[0], config.data.modules) for name, _ in stores}
     steps = _steps(config.prepare.steps, {task.name for task in task_by_name.values()})
     for name, split in stores:
-        check_part(name, split, list(config.data.sources), json.loads(steps[task_by_name[name].name]))
-        _check_task(task_by_name[name], split, json.loads(steps[task_by_name[name].name]))
+        task = task_by_name[name]
+        check_part(name, split, list(config.data.sources), json.loads(steps[task.name]))
+        _check_task(task, split, json.loads(steps[task.name]))
     tokenizer = prepare_tokenizer(config.tokenizer, config.data.modules, config.model.vocab_size)
     if any(tasks.content_of(task_by_name[name], split) != "text" for name, split in stores):
         check_template(tokenizer)
@@ -87,8 +87,7 @@ def prepare(
         return
     with _lock(config.data), encoder(tokenizer, config.prepare.workers or available_cores()) as encode:
         run = _Run(
-            data=config.data, tokenizer_config=config.tokenizer, max_bad_share=config.prepare.max_bad_share,
-            steps=steps, tokenizer=tokenizer, encode=encode, replace=replace, runner=runner,
+            config=config, steps=steps, tokenizer=tokenizer, encode=encode, replace=replace, runner=runner,
             runner_options=runner_options,
         )  # fmt: skip
         for name, split in () if replace else stores:
@@ -144,9 +143,7 @@ def _check_enough(data: DataConfig, train: TrainConfig, seed: int, tokenizer: To
 class _Run:
     """What the stores of one config share; `steps`: by task, from `parse_steps`."""
 
-    data: DataConfig
-    tokenizer_config: TokenizerConfig
-    max_bad_share: float
+    config: RunConfig
     steps: Mapping[str, str]
     tokenizer: Tokenizer
     encode: Encode
@@ -155,7 +152,7 @@ class _Run:
     runner_options: Sequence[str]
 
     def path(self, name: str, split: str) -> epath.Path:
-        return epath.Path(self.data.stores) / name / split
+        return epath.Path(self.config.data.stores) / name / split
 
 
 def _prepare_store(run: _Run, task: tasks.Task, split: str) -> None:
@@ -200,11 +197,11 @@ def _fill(run: _Run, task: tasks.Task, split: str, writer: StoreWriter) -> Rejec
                     progress.update()
                     _add_result(result, writer, rejects)
                 if done % SAVE_RECORDS == 0 and time.monotonic() - last_save >= SAVE_SECONDS:
-                    rejects.check(run.max_bad_share, label, finished=False)
+                    rejects.check(run.config.prepare.max_bad_share, label, finished=False)
                     writer.save({"place": (shard, done), "rejects": rejects.save()})
                     last_save = time.monotonic()
         if rejects.records:
-            rejects.check(run.max_bad_share, label, finished=True)
+            rejects.check(run.config.prepare.max_bad_share, label, finished=True)
         _check_any(task, split, rejects, writer)
         if writer.is_draft:
             writer.save({"place": (tasks.count_shards(task, split), 0), "rejects": rejects.save()})
@@ -238,11 +235,11 @@ def _results(
     inputs = digest_of(dataclasses.asdict(writer.manifest))
     job = beam.Job(
         task=task.name,
-        modules=tuple(run.data.modules),
+        modules=tuple(run.config.data.modules),
         split=split,
         shards=tasks.count_shards(task, split),
         steps=steps,
-        tokenizer=run.tokenizer_config,
+        tokenizer=run.config.tokenizer,
         folder=str(run.path(task.name, f".{split}.beam") / inputs[:16]),
         first_shard=shard,
     )

@@ -90,23 +90,16 @@ def _plain_text(record: Record) -> bytes:
 
 
 def _check_tokenizer(options: TokenizerConfig, vocab_size: int, tokenizer: Tokenizer) -> None:
-    if options.train_vocab_size and tokenizer.vocab_size != options.train_vocab_size:
-        raise UserError(
-            f"the tokenizer in {options.path} has {tokenizer.vocab_size} tokens,"
-            f" tokenizer.train_vocab_size is {options.train_vocab_size}: remove that directory, or name"
-            " another in tokenizer.path"
-        )
-    if options.extend:
+    size, problem = f"has {tokenizer.vocab_size} tokens", ""
+    if options.train_vocab_size not in (0, tokenizer.vocab_size):
+        problem = f"{size}, tokenizer.train_vocab_size is {options.train_vocab_size}"
+    elif options.extend:
         base = Tokenizer.load(options.extend)
         missing = [token for token in options.add_tokens if token not in tokenizer.control_tokens]
         if missing or not compatible(tokenizer, base.digest, base.added_tokens):
             problem = f"lacks {missing[0]}" if missing else f"was not made from {options.extend}"
-            raise UserError(
-                f"the tokenizer in {options.path} {problem}: remove that directory, or name another in"
-                " tokenizer.path"
-            )
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"the tokenizer in {options.path} has {tokenizer.vocab_size} tokens, model.vocab_size is"
-            f" {vocab_size}: it must be at least as large"
-        )
+    hint = "remove that directory, or name another in tokenizer.path"
+    if not problem and tokenizer.vocab_size > vocab_size:
+        problem, hint = f"{size}, model.vocab_size is {vocab_size}", "it must be at least as large"
+    if problem:
+        raise UserError(f"the tokenizer in {options.path} {problem}: {hint}")

@@ -109,8 +109,9 @@ def _decompress(file: Any, compression: str, size: int) -> Iterator[bytes]:
             except (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError) as error:  # OSError: of bzip2
                 if snapshot is not None:
                     yield from _up_to_error(snapshot, data)
-                # The checksum is of the whole stream: any part of it may be wrong.
-                unread = None if "check" in str(error) else (size - read) / read
+                # A checksum is of the whole stream: any part of it may be wrong.
+                is_checksum = "check" in str(error) and "header check" not in str(error)
+                unread = None if is_checksum else (size - read) / read
                 raise Unreadable(f"damaged {compression}: {error}", unread) from error
             data = decoder.unused_data
             decoder, streams = (None, streams + 1) if decoder.eof else (decoder, streams)
@@ -128,10 +129,13 @@ def _up_to_error(decoder: Any, data: bytes) -> Iterator[bytes]:
 def _decoder(compression: str) -> Any:
     import zstandard
 
-    if compression == "gzip":
-        return zlib.decompressobj(wbits=31)
-    if compression != "zstd":
-        return bz2.BZ2Decompressor() if compression == "bzip2" else lzma.LZMADecompressor()
+    match compression:
+        case "gzip":
+            return zlib.decompressobj(wbits=31)
+        case "bzip2":
+            return bz2.BZ2Decompressor()
+        case "xz":
+            return lzma.LZMADecompressor()
     return zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj()
 
 

@@ -7,6 +7,7 @@ text. So what a user writes never becomes a control token. `directory` reads the
 """
 
 import functools
+import itertools
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -213,27 +214,23 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """Text of ids; control tokens by name, or left out if `skip_special`; U+FFFD for an id without a token."""
         text: list[str] = []
-        run: list[str] = []
         prefix = True
-
-        def flush() -> None:
-            if run:
-                text.append(self._decoders[prefix](run))
-                run.clear()
-
-        for index in map(int, ids):
-            name = self._control_names.get(index)
-            token = self._backend.id_to_token(index) if name is None and index >= 0 else None
-            if token is not None:
-                run.append(token)
+        for is_text, run in itertools.groupby(map(int, ids), self._is_text):
+            if is_text:
+                text.append(self._decoders[prefix](list(map(self._backend.id_to_token, run))))
                 continue
-            flush()
+            *_, last = others = list(run)
             if not skip_special:
-                text.append("\ufffd" if name is None else name)
+                text += map(self.token, others)
             # Encoding puts a space in front of a document's first text only.
-            prefix = index == self.bos_id
-        flush()
+            prefix = last == self.bos_id
         return "".join(text)
+
+    def _is_text(self, index: int) -> bool:
+        """Whether an id has a token that is no control token."""
+        return (
+            index >= 0 and index not in self._control_names and self._backend.id_to_token(index) is not None
+        )
 
     def token(self, index: int) -> str:
         """The piece with this id as the vocabulary spells it, e.g. "▁the" or "<|im_end|>"; U+FFFD as in `decode`."""

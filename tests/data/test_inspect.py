@@ -68,17 +68,13 @@ def test_supervised_text_is_marked(chat_store, chat_tokenizer):
     assert "{+" not in shown
 
 
-def test_a_store_says_how_much_it_holds(chat_store, chat_tokenizer):
+def test_a_store_says_how_much_it_holds_and_shows_ids_without_a_tokenizer(chat_store, chat_tokenizer):
     ids, mask = encode_chat(chat_tokenizer, TALK)
     shown = inspect_store(chat_store.path, tokenizer=chat_tokenizer)
     assert re.search(r"documents +3\n", shown)
     assert re.search(rf"tokens +{3 * len(ids)}, uint16\n", shown)
     assert re.search(rf"supervised +{3 * sum(mask)} ", shown)
     assert shown.count("--- doc-") == 3
-
-
-def test_without_a_tokenizer_there_are_ids(chat_store, chat_tokenizer):
-    ids, _ = encode_chat(chat_tokenizer, TALK)
     shown = inspect_store(chat_store.path)
     assert f"{ids[0]} {ids[1]} {ids[2]} " in shown
     assert "tokenizer's directory" in shown

@@ -166,10 +166,7 @@ def test_pairs_that_are_cut_before_an_answer_are_counted(make_store, caplog):
     source = Source(name="b", rows=FitRows(pairs, 9), share=1.0)
     assert "1 of 1 documents have an answer without a token in their first 9" in caplog.text
     check_preferences("kto", [source])  # trains on the chosen answer
-    with pytest.raises(
-        UserError,
-        match="only pairs with an answer beyond data.sequence_length",
-    ):
+    with pytest.raises(UserError, match="only pairs with an answer beyond data.sequence_length"):
         check_preferences("dpo", [source])
     labelled = make_store([[5] * 3] * 1500, [[0, 1, 1]] * 1500, name="c/train", preferences=True)
     assert not labelled.has_pairs()

@@ -26,13 +26,7 @@ def removed_by(step, options, text, meta=None):
         ("alphanumeric", {"min_share": 0.5}, "ab--", "ab---", "40.0% letters and digits"),
         ("alphanumeric", {"min_share": 0.5}, "漢字--", "", "0.0%"),
         ("alphanumeric", {"min_share": 0.5}, "a𝟙_\ud800", "a__\ud800", "25.0%"),
-        (
-            "foreign_letters",
-            {},
-            "naïve 🎉🎉🎉 éé 你好 …“”",
-            "see 你好吗",
-            "not English: '你好吗'",
-        ),
+        ("foreign_letters", {}, "naïve 🎉🎉🎉 éé 你好 …“”", "see 你好吗", "not English: '你好吗'"),
         ("foreign_letters", {"run": 4}, "你好吗", "привет", "4 letters"),
     ],
 )

@@ -1,7 +1,9 @@
 """Files damaged at random: nothing raises, nothing hangs, and no row that is read says something else."""
 
+import bz2
 import gzip
 import json
+import lzma
 import random
 
 import pyarrow
@@ -20,9 +22,11 @@ COMPRESSED = {
     "": lambda data: data,
     ".gz": gzip.compress,
     ".zst": zstandard.ZstdCompressor(write_checksum=True).compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
 }
 # Formats with a checksum over all of their data: a changed byte is an error and never other data.
-CHECKED = ("jsonl.gz", "json.gz", "jsonl.zst", "json.zst", "parquet", "tfrecord", "tfrecord.gz")
+CHECKED = "jsonl.gz json.gz jsonl.zst json.zst jsonl.bz2 json.xz parquet tfrecord tfrecord.gz".split()
 
 
 def texts_of(generator):

@@ -49,6 +49,9 @@ def test_shared_turns_are_not_trained_on():
     turns = [USER, GOOD, USER]
     pair = conversation_formats.preference({"chosen": [*turns, GOOD], "rejected": [*turns, BAD]})
     assert [turn.get("train", True) for turn in pair["rejected"]] == [True, False, True, True]
+    # An answer that the other conversation begins with is trained on.
+    pair = conversation_formats.preference({"chosen": [USER, GOOD], "rejected": [*turns, BAD]})
+    assert pair == {"chosen": [USER, GOOD], "rejected": [*turns, BAD]}
 
 
 HH = "\n\nHuman: Sky?\n\nAssistant: Blue.\n\nHuman: By night?\nSay it.\n\nAssistant: "

@@ -169,20 +169,6 @@ def test_a_template_of_the_config_is_checked_before_data_is_read(task, make_conf
     assert (ids.tolist(), mask.tolist()) == encode_chat(tokenizer, json.loads(record["messages"]))
 
 
-def test_bad_records_are_counted_named_and_kept(task, make_config, tmp_path):
-    records = [*text_records(50), {"text": b"a\xff", "id": "bad-1"}, {"text": b"\xff", "id": "bad-2"}]
-    task([{**record, "where": f"file: line {number}"} for number, record in enumerate(records)])
-    said = run(make_config("made_up", **{"prepare.max_bad_share": 0.05}))
-    assert said[0].startswith("made_up/train: 50 documents")
-    assert "refused 2 records, the first (file: line 50: invalid UTF-8)" in said[0]
-    lines = (tmp_path / "stores" / "made_up" / "train.quarantine.jsonl").read_text().splitlines()
-    common = {"reason": "invalid UTF-8", "records": 1}
-    assert [json.loads(line) for line in lines] == [
-        common | {"id": name, "record": {"text": text, "id": name}, "where": where}
-        for name, text, where in (("bad-1", "a\\xff", "file: line 50"), ("bad-2", "\\xff", "file: line 51"))
-    ]
-
-
 def test_empty_texts_are_removed_and_counted(task, make_config, tmp_path):
     task([*text_records(50), *({"text": " \n", "id": f"__init__-{number}.py"} for number in range(20))])
     said = run(make_config("made_up"))

@@ -25,28 +25,23 @@ from tests.helpers.list_source import files_of, planted_texts, run
 SHARDS = 6
 STEPS = {"length": {"min_chars": 40}, "exact_duplicates": {}, "near_duplicates": {}}
 
-# Runs in a process of its own: prepares, and kills itself after a number of records where it is given one.
+# Runs in a process of its own: prepares, and kills itself at the record with a number.
 PREPARE = """if True:
-    import json, os, signal, sys
+    import itertools, json, os, signal, sys
     if __name__ == "__main__":
-        options = json.loads(sys.argv[1])
+        pattern, config, kill_after = sys.argv[1:]
         from lemur_jax.config import from_json
         from lemur_jax.prepare import prepare, tasks
-        prepare.SAVE_SECONDS = 0
-        tasks.add_files("files", options["pattern"])
+        prepare.SAVE_SECONDS, add, number = 0, prepare._add_result, itertools.count(1)
+        tasks.add_files("files", pattern)
 
-        class Progress:
-            left = options["kill_after"]
-            def __init__(self, *_): pass
-            def __enter__(self): return self
-            def __exit__(self, *_): pass
-            def update(self, n=1):
-                Progress.left -= n == 1
-                if Progress.left == 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
+        def add_or_die(*arguments):
+            if next(number) == int(kill_after):
+                os.kill(os.getpid(), signal.SIGKILL)
+            add(*arguments)
 
-        prepare.Progress = Progress
-        prepare.prepare(from_json(options["config"]))
+        prepare._add_result = add_or_die
+        prepare.prepare(from_json(json.loads(config)))
 """
 
 
@@ -73,14 +68,6 @@ def register(patterns, **options):
     return tasks.add_files("files", patterns, **options)
 
 
-def run_process(tmp_path, corpus, config, kill_after):
-    script = tmp_path / "run.py"
-    script.write_text(PREPARE)
-    options = {"pattern": str(corpus), "config": config.to_json(), "kill_after": kill_after}
-    arguments = [sys.executable, str(script), json.dumps(options)]
-    return subprocess.run(arguments, capture_output=True, text=True)
-
-
 def test_after_a_kill_it_goes_on_and_no_byte_differs(tmp_path, corpus, make_config):
     """Killed with one worker, left alone with two: the stores are the same."""
     register(corpus)
@@ -89,7 +76,9 @@ def test_after_a_kill_it_goes_on_and_no_byte_differs(tmp_path, corpus, make_conf
         stores = {"data.stores": str(tmp_path / name), "prepare.workers": workers}
         return make_config(**stores, **{"prepare.steps": {"files": STEPS}})
 
-    killed = run_process(tmp_path, corpus, config("killed", 1), kill_after=250)
+    (tmp_path / "run.py").write_text(PREPARE)
+    words = [sys.executable, tmp_path / "run.py", corpus, json.dumps(config("killed", 1).to_json()), "250"]
+    killed = subprocess.run(words, capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr
     saved = json.loads((tmp_path / "killed/files/.train.draft/progress.json").read_text())
     assert saved["state"]["rejects"]["records"] == 200  # whole shards
@@ -113,23 +102,17 @@ def test_a_run_goes_on_within_a_file(tmp_path, corpus, make_config, monkeypatch,
     register(one)
     shown = []
 
-    class Progress:
+    class Progress(prepare_module.Progress):
         stop = ("", 0)
-
-        def __init__(self, total, label, unit):
-            self.done, self.label = 0, label
 
         def __enter__(self):
             shown.append(self)
             return self
 
-        def __exit__(self, *_):
-            pass
-
         def update(self, n=1):
-            self.first = n if not self.done else self.first
-            self.done += n
-            if (self.label, self.done) == Progress.stop:
+            self.first = self.first if self.n else n
+            super().update(n)
+            if (self.desc, self.n) == Progress.stop:
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(prepare_module, "Progress", Progress)
@@ -143,9 +126,9 @@ def test_a_run_goes_on_within_a_file(tmp_path, corpus, make_config, monkeypatch,
             prepare(options("stopped"))
     Progress.stop = ("", 0)
     prepare(options("stopped"))
-    attempts = [progress for progress in shown if progress.label == "files/train"]
+    attempts = [progress for progress in shown if progress.desc == "files/train"]
     assert [progress.first for progress in attempts[1:]] == [200, 400, 600]
-    assert attempts[-1].done == 600  # no line was tokenized again
+    assert attempts[-1].n == 600  # no line was tokenized again
     prepare(options("whole"))
     assert files_of(tmp_path / "stopped") == files_of(tmp_path / "whole")
 
@@ -226,11 +209,13 @@ def test_each_way_to_be_bad_is_counted_and_put_aside_with_its_place(tmp_path, ma
     with pytest.raises(UserError, match=r"25 of 8\d\d records cannot be used, more than .* = 0\.01"):
         run(make_config(**{"prepare.max_bad_share": 0.01}))
     said = run(make_config(**{"prepare.max_bad_share": 0.1}))
-    assert "refused 25 records" in said[0]
+    assert f"refused 25 records, the first ({folder}/encoding.jsonl: line 101: invalid UTF-8" in said[0]
     lines = (tmp_path / "stores/files/train.quarantine.jsonl").read_text().splitlines()
     found = {entry["where"].removeprefix(f"{folder}/"): entry for entry in map(json.loads, lines)}
+    assert found["encoding.jsonl: line 101"]["record"]["text"] == '{"text": "caf\\xe9"}'
     for name, (_, reason) in BAD_LINES.items():
         entry = found.pop(f"{name}.jsonl: line 101")
+        assert entry["id"] == entry["record"]["id"] == entry["where"]
         assert (entry["reason"], entry["records"]) == (reason, 1)
         assert 0 < len(entry["record"]["text"]) <= readers.EXCERPT
     ((where, truncated),) = found.items()
@@ -283,7 +268,7 @@ def test_a_store_of_code_turned_for_filling_in(tmp_path, corpus, make_config, to
 
 
 def test_globs_and_directories_are_sorted_and_leave_out_hidden_files(tmp_path, monkeypatch, caplog):
-    for name in ("b/2.jsonl", "a/1.jsonl", "a/_SUCCESS", "a/.x.jsonl", "c.txt"):
+    for name in ("b/2.jsonl", "a/1.jsonl", "a/_SUCCESS", "a/.x.jsonl", ".git/x", "c.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     relative = lambda found: [name.removeprefix(f"{tmp_path}/") for name in found]  # noqa: E731

@@ -2,6 +2,7 @@
 
 import bz2
 import datetime
+import errno
 import gzip
 import json
 import lzma
@@ -106,11 +107,12 @@ def test_what_is_kept_of_a_long_line_is_its_beginning(tmp_path, monkeypatch, chu
     monkeypatch.setattr(streams, "_READ_BYTES", chunk)
     lines = [b'{"text": "' + bytes(range(97, 123)) * 100 + b'"}', b" " * 1000 + b'{"text": "b"}']
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\n".join([b'{"text": "before"}', *lines, b'{"text": "after"}']))
-    _, *found, (place, _) = readers.read_rows(str(path), "jsonl", max_bytes=1000)
-    assert place == "line 4"
-    for number, (place, row) in enumerate(found):
-        assert (place, row.excerpt) == (f"line {2 + number}", lines[number][: readers.EXCERPT])
+    longest = b'{"text": "' + b"x" * 988 + b'"}'
+    path.write_bytes(b"\n".join([b'{"text": "before"}', *lines, longest]))
+    _, *found, last = readers.read_rows(str(path), "jsonl", max_bytes=1000)
+    assert last == ("line 4", {"text": "x" * 988})
+    for number, (line, (place, row)) in enumerate(zip(lines, found, strict=True), 2):
+        assert (place, row.excerpt) == (f"line {number}", line[: readers.EXCERPT])
         assert row.reason == "longer than 1,000 bytes"
 
 
@@ -150,6 +152,7 @@ def test_padding_that_the_compressors_own_tools_read_is_no_damage(tmp_path):
             found = read(tmp_path / f"a.jsonl{suffix}")
             assert good(found) == ["a", "a"]
             assert len(bad(found)) == lost
+        assert bad(found)[0][2] == 1  # record: few bytes follow
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
@@ -269,6 +272,9 @@ def test_a_parquet_file_without_a_column_names_those_that_are_there(tmp_path):
     path = tmp_path / "a.parquet"
     row = {"content": "text", "meta": {"repo": "r"}, "a.b": 1}
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row] * 3), path)
+    empty = tmp_path / "empty.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]).slice(1), empty)
+    assert read(empty) == []
     for fields, missing in (
         (Fields(), "text"),
         (Fields(text="content", id="sha"), "sha"),
@@ -284,7 +290,7 @@ def test_a_parquet_file_without_a_column_names_those_that_are_there(tmp_path):
     assert [(d["text"], d["id"], d["error"]) for d in found] == [(b"text", b"1", b"")] * 3
 
 
-def test_a_corrupt_parquet_page_loses_its_row_group_and_says_how_much(tmp_path):
+def test_a_corrupt_parquet_page_loses_its_row_group_and_says_how_much(tmp_path, monkeypatch):
     path = tmp_path / "a.parquet"
     generator = random.Random(0)
     texts = ["".join(generator.choices("abcdefgh", k=100)) for _ in range(300)]
@@ -301,6 +307,13 @@ def test_a_corrupt_parquet_page_loses_its_row_group_and_says_how_much(tmp_path):
     ((where, reason, records),) = bad(found)
     assert (where, records) == ("row 100", 100)
     assert "row group 1" in reason
+
+    def unplugged(*_, **__):
+        raise OSError(errno.EIO, "the disk is gone")
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", unplugged)
+    with pytest.raises(OSError, match="the disk is gone"):  # which is no damage of the file
+        read(path)
 
 
 def test_bytes_in_a_parquet_string_column_spare_their_neighbours(tmp_path):

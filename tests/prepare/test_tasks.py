@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import itertools
 import json
+import lzma
 import os
 import random
 import re
@@ -279,6 +280,9 @@ def test_a_tfrecord_file_in_gzip_that_is_cut_off(tmp_path):
     packed = gzip.compress(path.read_bytes())[:4000]
     (tmp_path / "b.tfrecord.gz").write_bytes(packed)
     whole = zlib.decompressobj(31).decompress(packed)
+    (tmp_path / "c.tfrecord.xz").write_bytes(lzma.compress(path.read_bytes()))
+    task = tasks.add_files("t_xz", str(tmp_path / "c.tfrecord.xz"), Fields(text="body"))
+    assert [example["text"] for example in tasks.examples(task, "train")] == bodies
     task = tasks.add_files("t_cut", str(tmp_path / "b.tfrecord.gz"), Fields(text="body"))
     found = list(tasks.examples(task, "train"))
     count = len(whole) // (path.stat().st_size // 200 + 1)

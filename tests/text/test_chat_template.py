@@ -37,8 +37,9 @@ def with_template(chat_dir, tmp_path_factory):
     return make
 
 
-def test_arguments_of_tojson_are_those_of_transformers(hf, with_template):
+def test_arguments_of_tojson_and_variables_are_those_of_transformers(hf, with_template):
     template = "{% for m in messages %}{{ m|tojson }}{{ m|tojson(true, 1) }}{{ m|tojson(sort_keys=true) }}{% endfor %}"
+    template += "{{ documents is none }}"
     messages = messages_of([("user", "Köln")])
     expected = hf.apply_chat_template(messages, chat_template=template, tokenize=False)
     assert render_chat(with_template(template), messages) == expected
@@ -140,7 +141,12 @@ def test_an_answer_that_a_template_rewrites_later_stays_as_it_was_given(with_tem
 
 
 @pytest.mark.parametrize(
-    "turn", ["{{ m.content }}{{ '<|im_end|>' if loop.last }}", "{{ m.content if loop.last }}<|im_end|>"]
+    "turn",
+    [
+        "{{ m.content }}{{ '<|im_end|>' if loop.last }}",
+        "{{ m.content }}{{ eos_token if loop.last and m.role == 'assistant' }}",
+        "{{ m.content if loop.last }}<|im_end|>",
+    ],
 )
 def test_an_answer_that_does_not_follow_its_prompt_or_ends_differently_is_refused(with_template, turn):
     tokenizer = with_template("{% for m in messages %}" + turn + "{% endfor %}")
@@ -163,9 +169,16 @@ def test_a_first_turn_of_the_assistant_that_has_no_prompt(with_template):
     assert supervised_text(tokenizer, messages) == "a<|im_end|>"
 
 
-def test_a_template_that_refuses(with_template):
-    tokenizer = with_template("{% generation %}{{ raise_exception('roles alternate') }}{% endgeneration %}")
-    with pytest.raises(UserError, match="^the chat template says: roles alternate"):
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("{{ raise_exception('roles alternate') }}", "roles alternate"),
+        ("{{ namespace(clear=1).clear }}{{ messages.clear() }}", "access to .* 'clear' of 'list' .* unsafe"),
+    ],
+)
+def test_a_template_that_refuses_or_is_refused(with_template, body, reason):
+    tokenizer = with_template(f"{{% generation %}}{body}{{% endgeneration %}}")
+    with pytest.raises(UserError, match=f"^the chat template says: {reason}"):
         encode_chat(tokenizer, messages_of([("assistant", "x")]))
 
 

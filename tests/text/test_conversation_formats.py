@@ -203,17 +203,13 @@ def test_turns_that_are_not_to_be_trained_on():
     bad, good = talk(("assistant", "bad"), ("assistant", "a"))
     turns = [{"from": "gpt", "value": "bad", "weight": 0}, {"from": "gpt", "value": "a"}]
     assert formats.sharegpt({"conversations": turns}) == [bad | {"train": False}, good]
+    good["reasoning_content"] = "because"
     empty = bad | {"content": "", "train": False}
-    assert formats.openai({"messages": [empty, good | {"weight": 1}]}) == [empty, good]
+    assert formats.openai({"messages": [empty, good | {"weight": 1, "thinking": None}]}) == [empty, good]
     prompt, other = talk(("user", "q"), ("assistant", "b"))
     row = {"prompt": [prompt], "chosen": [bad | {"loss": False}, prompt, good], "rejected": [other]}
     chosen = formats.preference(row)["chosen"]
     assert [turn.get("train", True) for turn in chosen] == [True, False, True, True]
-
-
-def test_thoughts_are_kept_for_the_template():
-    turn = {"role": "assistant", "content": "a", "reasoning_content": "because"}
-    assert formats.openai({"messages": [turn | {"thinking": None}]}) == [turn]
 
 
 def test_null_fields_are_absent():
@@ -226,6 +222,10 @@ def test_null_fields_are_absent():
     call = {"name": "f", "arguments": {"x": 1, "y": None, "z": [{"u": None, "v": 2}]}}
     (turn,) = formats.openai({"messages": [{"role": "assistant", "content": None, "function_call": call}]})
     assert turn["tool_calls"][0]["function"]["arguments"] == {"x": 1, "z": [{"v": 2}]}
+
+
+def called(arguments):
+    return {"conversations": [{"role": "assistant", "function_call": {"name": "f", "arguments": arguments}}]}
 
 
 @pytest.mark.parametrize(
@@ -268,20 +268,8 @@ def test_null_fields_are_absent():
         ("openai", {"messages": [{"role": "user", "content": [{"text": "x"}]}]}, "no field 'type'"),
         ("openai", {"messages": [{"role": "assistant", "tool_calls": [{}]}]}, "no field 'name'"),
         ("openai", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "'image_url'"),
-        (
-            "openai",
-            {"messages": [{"role": "assistant", "function_call": {"name": "f", "arguments": "{"}}]},
-            "arguments of the call of 'f' are not JSON",
-        ),
-        (
-            "openai",
-            {
-                "messages": [
-                    {"role": "assistant", "function_call": {"name": "f", "arguments": json.dumps("{}")}}
-                ]
-            },
-            "arguments of the call of 'f' are '{}', not an object",
-        ),
+        ("sharegpt", called("{"), "arguments of the call of 'f' are not JSON"),
+        ("sharegpt", called(json.dumps("{}")), "arguments of the call of 'f' are '{}', not an object"),
     ],
 )
 def test_what_cannot_be_read_says_why(name, row, reason):

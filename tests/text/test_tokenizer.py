@@ -88,14 +88,6 @@ def test_decode_shows_control_tokens(chat_tokenizer):
     assert chat_tokenizer.decode([]) == ""
 
 
-def test_plain_text_never_gives_a_control_token(chat_tokenizer, json_tokenizer):
-    text = " ".join([*chat_tokenizer.control_tokens, "<s>", "</s>"])
-    for tokenizer in (chat_tokenizer, json_tokenizer):
-        for prefix in (True, False):
-            assert not set(tokenizer.encode(text, prefix=prefix)) & set(tokenizer.control_tokens.values())
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-
-
 def test_training_is_in_llamas_manner(tokenizer):
     ids = [tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
     assert (tokenizer.vocab_size, ids, tokenizer.added_tokens) == (VOCAB_SIZE, [0, 1, 2, None], {})
@@ -301,31 +293,17 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:9e55\nsiz
 @pytest.mark.parametrize(
     ("file", "content", "hint"),
     [
-        ("tokenizer.model", b"garbage", "DecodeError"),
-        ("tokenizer.model", b"", "download it again"),
-        ("tokenizer.model", LFS_POINTER, "git lfs pull"),
-        ("tokenizer.json", b'{"model": {"type": "BP', "JSONDecodeError"),
-        ("tokenizer.json", b"[]", "download it again"),
-        ("tokenizer.json", LFS_POINTER, "git lfs pull"),
-        ("tokenizer_config.json", b"[]", "not a JSON object"),
-        ("special_tokens_map.json", b"5", "not a JSON object"),
-        ("added_tokens.json", b"5", "not a JSON object"),
-        ("chat_template.jinja", b"\xff", "UnicodeDecodeError"),
-    ],
-)
-def test_damaged_files_are_one_clear_line(tokenizer, tmp_path, file, content, hint):
-    files = tokenizer.files()
-    if file == "tokenizer.json":
-        del files["tokenizer.model"]
-    with pytest.raises(UserError) as raised:
-        load(tmp_path / "some", files | {file: content})
-    assert str(raised.value).startswith(f"{tmp_path}/some: {file} is damaged or not what it is named (")
-    assert hint in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "hint"),
-    [
+        ("tokenizer.model", b"garbage", "damaged or not .*DecodeError"),
+        ("tokenizer.model", b"", "damaged or not .*download it again"),
+        ("tokenizer.model", LFS_POINTER, "damaged or not .*git lfs pull"),
+        ("tokenizer.json", b'{"model": {"type": "BP', "damaged or not .*JSONDecodeError"),
+        ("tokenizer.json", b"[]", "damaged or not .*download it again"),
+        ("tokenizer.json", LFS_POINTER, "damaged or not .*git lfs pull"),
+        ("tokenizer_config.json", b"[]", "damaged or not .*not a JSON object"),
+        ("special_tokens_map.json", b"5", "damaged or not .*not a JSON object"),
+        ("added_tokens.json", b"5", "damaged or not .*not a JSON object"),
+        ("chat_template.jinja", b"\xff", "damaged or not .*UnicodeDecodeError"),
+        # What transformers cannot read.
         ("tokenizer.json", b'{"added_tokens": []}', "Model missing"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"one": {"content": "<a>"}}}', "'one'"),
         ("tokenizer_config.json", b'{"tokenizer_class": "BertJapaneseTokenizer"}', "PreTrainedTokenizerFast"),
@@ -333,7 +311,7 @@ def test_damaged_files_are_one_clear_line(tokenizer, tmp_path, file, content, hi
         ("added_tokens.json", b'{"<a>": null}', "its files give '<a>' the id None"),
     ],
 )
-def test_what_transformers_cannot_read_is_one_clear_line(tokenizer, tmp_path, file, content, hint):
+def test_damaged_files_are_one_clear_line(tokenizer, tmp_path, file, content, hint):
     files = tokenizer.files()
     if file == "tokenizer.json":
         del files["tokenizer.model"]

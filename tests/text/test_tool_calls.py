@@ -36,6 +36,10 @@ def conversation(content=None, **flags):
     ]
 
 
+def trained_text(tokenizer, ids, mask):
+    return tokenizer.decode([index for index, flag in zip(ids, mask, strict=True) if flag])
+
+
 @pytest.fixture(scope="module")
 def with_template(chat_dir, tmp_path_factory):
     """with_template(name) -> our tokenizer and that of transformers with one of TRL's templates."""
@@ -60,9 +64,9 @@ def test_ids_and_mask_are_those_of_transformers(with_template, name, tools):
     )
     assert ids == expected["input_ids"]
     if name == "llama3_1":  # has no marks
-        said = [i for i, flag in zip(ids, mask, strict=True) if flag]
-        assert '{"name": "weather", "parameters": {"city": "Köln"}}' in ours.decode(said)
-        assert "Sunny" not in ours.decode(said)
+        said = trained_text(ours, ids, mask)
+        assert '{"name": "weather", "parameters": {"city": "Köln"}}' in said
+        assert "Sunny" not in said
     else:
         assert mask == expected["assistant_masks"]
 
@@ -81,7 +85,8 @@ def test_variables_of_a_row_reach_the_template(with_template):
         formats.openai({"messages": conversation()}), tools=TOOLS, return_dict=True,
         return_assistant_tokens_mask=True, **options
     )  # fmt: skip
-    for given in (options | {"custom_instructions": "", "xml_tools": None}, json.dumps(options)):
+    unused = {"custom_instructions": "", "xml_tools": None, "enable_thinking": False}
+    for given in (options | unused, json.dumps(options)):
         found = encoded(given)
         assert found.tokens.tolist() == expected["input_ids"]
         assert found.mask.tolist() == expected["assistant_masks"]
@@ -108,7 +113,7 @@ def test_a_call_that_is_not_trained_on(with_template, name):
     both, last = (formats.openai({"messages": conversation(**flags)}) for flags in ({}, {"weight": 0}))
     (ids, mask), (same, fewer) = encode_chat(ours, both), encode_chat(ours, last)
     assert ids == same
-    said = ours.decode([i for i, flag in zip(ids, fewer, strict=True) if flag])
+    said = trained_text(ours, ids, fewer)
     assert "The sun shines." in said
     assert "weather" not in said
     assert sum(fewer) < sum(mask)
@@ -128,16 +133,18 @@ def test_templates_without_a_place_for_tools_get_text(chat_tokenizer):
     ]  # fmt: skip
     text = "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in said)
     assert chat_tokenizer.decode(ids) == text
-    trained = chat_tokenizer.decode([i for i, flag in zip(ids, mask, strict=True) if flag])
+    trained = trained_text(chat_tokenizer, ids, mask)
     assert call in trained
     assert "these tools" not in trained
 
 
 def test_a_variable_of_another_name_is_no_place_for_tools():
     template = "{{ builtin_tools }}{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}"
-    (turn,), tools = for_template(template, [{"role": "user", "content": "q"}], TOOLS)
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather"}}]}
+    (turn, called), tools = for_template(template, [{"role": "user", "content": "q"}, call], TOOLS)
     assert not tools
     assert "weather" in turn["content"]
+    assert called["content"] == '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call>'
 
 
 ROLES = ("user", "assistant", "system", "user", "assistant")
@@ -169,8 +176,7 @@ def test_a_template_that_names_calls_beside_their_results(chat_dir, tmp_path):
         "{% endif %}{{ m.content }}<|im_end|>{% endfor %}"
     )
     tokenizer = extend(chat_dir, tmp_path / "first", [], chat_template=template)
-    ids, mask = encode_chat(tokenizer, formats.openai({"messages": conversation()}))
-    trained = tokenizer.decode([i for i, flag in zip(ids, mask, strict=True) if flag])
+    trained = trained_text(tokenizer, *encode_chat(tokenizer, formats.openai({"messages": conversation()})))
     assert trained == 'weather{"city": "Köln"}<|im_end|>The sun shines.<|im_end|>'
 
 
@@ -245,7 +251,7 @@ def test_tools_before_a_first_turn_of_the_assistant_are_not_trained_on(chat_toke
     messages = [{"role": "assistant", "content": "Hello."}, *formats.openai({"messages": conversation()})]
     ids, mask = encode_chat(chat_tokenizer, messages, tools=TOOLS)
     assert chat_tokenizer.decode(ids).startswith("<|im_start|>system\nYou can use these tools:")
-    trained = chat_tokenizer.decode([i for i, flag in zip(ids, mask, strict=True) if flag])
+    trained = trained_text(chat_tokenizer, ids, mask)
     assert trained.startswith("Hello.")
     assert "these tools" not in trained
 
