@@ -21,16 +21,16 @@ def test_held_out_share():
 
 def test_rows_are_gathered_while_they_follow_each_other(monkeypatch):
     monkeypatch.setattr(field_maps, "MAX_GATHERED", 3)
-    rows = [{"t": name, "n": n} for n, name in enumerate("aabacccca")]
+    rows = [{"t": name, "n": n} for n, name in enumerate("aabaccccaaa")]
     bad = BadRow(reason="x")
-    found = [*((f"row {n}", row) for n, row in enumerate(rows)), ("row 9", bad), ("row 10", {})]
+    found = [*((f"row {n}", row) for n, row in enumerate(rows)), ("row 11", bad), ("row 12", {})]
     gathered = dict(gather(found, "t"))
     assert gathered["row 0"] == {"t": "a", "n": 0, "rows": rows[:2]}
     assert gathered["row 3"] == {"t": "a", "n": 3, "rows": rows[3:4]}
-    assert gathered["row 8"]["rows"] == rows[8:9]
+    assert gathered["row 8"]["rows"] == rows[8:]
     assert gathered["row 4"] == BadRow(reason="4 rows have one 't', more than 3", records=4)
-    assert gathered["row 9"] == bad
-    assert gathered["row 10"] == BadRow(reason="no field 't', or it is empty")
+    assert gathered["row 11"] == bad
+    assert gathered["row 12"] == BadRow(reason="no field 't', or it is empty")
     assert len(gathered) == 7
     with pytest.raises(UserError, match=r"gather='t'\) would keep the text of each document's first row"):
         Fields(gather="t")
@@ -53,6 +53,12 @@ def test_nan_is_null_as_pandas_means_it():
     ((document, _),) = to_documents("f", [("row 0", row)], fields)
     assert [turn["content"] for turn in json.loads(document["messages"])] == ["q", "a"]
     assert json.loads(document["meta"]) == {"system": None, "output": "a"}  # not a label or repository "nan"
+
+
+def test_a_disk_error_in_a_function_is_no_bad_record():
+    fields = Fields(messages=lambda row: open(row["path"]))
+    with pytest.raises(FileNotFoundError):
+        list(to_documents("f", [("row 0", {"path": "gone"})], fields))
 
 
 def _first(row):

@@ -26,7 +26,8 @@ COMPRESSED = {
     ".xz": lzma.compress,
 }
 # Formats with a checksum over all of their data: a changed byte is an error and never other data.
-CHECKED = "jsonl.gz json.gz jsonl.zst json.zst jsonl.bz2 json.xz parquet tfrecord tfrecord.gz".split()
+CHECKED = [f"{kind}{suffix}" for kind in ("jsonl", "json") for suffix in COMPRESSED if suffix]
+CHECKED += ["parquet", "tfrecord", "tfrecord.gz"]
 
 
 def texts_of(generator):
