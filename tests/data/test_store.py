@@ -155,6 +155,9 @@ def test_the_tokenizer_must_be_the_stores(make_store, tmp_path, tokenizer, chat_
     assert TokenStore.open(path, chat_tokenizer).num_tokens == 2
     with pytest.raises(UserError, match=r"control token <pad> has id 700; .* without that"):
         TokenStore.open(path, tokenizer)
+    make_store([[1, 2]], tokenizer_digest=tokenizer.digest, added_tokens={"<pad>": 7})
+    with pytest.raises(UserError, match=r"control token <pad> has id 7; .* without that"):
+        TokenStore.open(path, chat_tokenizer)
     make_store([[1, 2]])
     with pytest.raises(
         UserError, match=f"tokenizer ffffffff; the one given is {tokenizer.digest[:8]}: point"

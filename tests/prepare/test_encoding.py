@@ -36,6 +36,8 @@ def test_conversations_keep_their_mask(chat_tokenizer):
     ids, mask = encode_chat(chat_tokenizer, TALK)
     assert (result.tokens.tolist(), result.mask.tolist()) == (ids, mask)
     assert result.n_bytes == len("Ja, 漢字.\n".encode())
+    untrained = [*TALK, {"role": "assistant", "content": "", "train": False}]
+    assert isinstance(encode(chat_tokenizer, record(messages=json.dumps(untrained))), Encoded)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Which rows are one document, and which documents are held out."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -56,7 +57,7 @@ def test_nan_is_null_as_pandas_means_it():
 
 
 def test_a_disk_error_in_a_function_is_no_bad_record():
-    fields = Fields(messages=lambda row: open(row["path"]))
+    fields = Fields(messages=lambda row: Path(row["path"]).read_text())
     with pytest.raises(FileNotFoundError):
         list(to_documents("f", [("row 0", {"path": "gone"})], fields))
 

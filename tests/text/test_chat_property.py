@@ -16,6 +16,7 @@ from lemur_jax.text import conversation_formats
 from lemur_jax.text.chat_template import CHATML_TEMPLATE, CHATML_TOKENS, encode_chat
 from lemur_jax.text.tokenizer import FILE_NAMES, Tokenizer
 from lemur_jax.text.tokenizer_files import extend
+from lemur_jax.text.tool_calls import for_template
 
 COUNT = 500  # conversations for each template
 
@@ -118,14 +119,7 @@ def conversations(name):
         return [structured(messages) for messages in made]
     # The other templates have no place for calls.
     found = [conversation_formats.openai({"messages": messages}) for messages in made]
-    return [[*map(with_calls_as_text, messages)] for messages in found]
-
-
-def with_calls_as_text(message):
-    calls = [json.dumps(call["function"], ensure_ascii=False) for call in message.pop("tool_calls", ())]
-    parts = [message["content"]] * bool(message["content"])
-    parts += [f"<tool_call>\n{call}\n</tool_call>" for call in calls]
-    return {**message, "content": "\n".join(parts)}
+    return [for_template("", messages, ())[0] for messages in found]
 
 
 def under_other_names(source, target, template):
