@@ -105,17 +105,20 @@ def prompt_seeds(prompts: Sequence[str]) -> list[int]:
 
 
 def _chat(args) -> None:
-    from lemur_jax.infer.chat import Options
+    def options():
+        from lemur_jax.infer.chat import Options
 
-    sampling, kwargs = _sampling(args), _template_kwargs(args)
-    options = Options(max_new_tokens=args.max_new_tokens, sampling=sampling, chat_template_kwargs=kwargs)
+        kwargs = _template_kwargs(args)
+        return Options(
+            max_new_tokens=args.max_new_tokens, sampling=_sampling(args), chat_template_kwargs=kwargs
+        )
 
     def check(tokenizer) -> None:
         if not args.prompt:
             require_single_host("a conversation cannot be typed into several hosts: give --prompt")
         check_texts("--prompt", args.prompt or [])
         check_texts("--system", [args.system])
-        options.encode(tokenizer, [{"role": "user", "content": "-"}])
+        options().encode(tokenizer, [{"role": "user", "content": "-"}])
 
     with open_session(args, check) as session:
         from lemur_jax.cluster import hosts
@@ -135,7 +138,7 @@ def _chat(args) -> None:
             session,
             args.prompt or read_input(),
             lambda text: print(text, end="", flush=True) if hosts.is_primary() else None,
-            options,
+            options(),
             system=args.system,
             continue_on_error=not args.prompt,
         )
@@ -195,7 +198,7 @@ def _add_template_kwargs(parser: argparse.ArgumentParser) -> None:
 def _template_kwargs(args) -> dict:
     try:
         kwargs = json.loads(args.chat_template_kwargs)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--chat-template-kwargs is not JSON: {error}") from error
     if not isinstance(kwargs, dict):
         raise UserError(f"--chat-template-kwargs is {kwargs!r:.50}, not an object")

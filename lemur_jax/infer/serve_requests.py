@@ -172,10 +172,8 @@ def messages_of(body: Json) -> list[Json]:
         known = _MESSAGE_FIELDS | _ROLE_FIELDS.get(str(message.get("role")), set())
         _check_fields(message, known, f"messages[{index}].")
     try:
-        # Training data ends with an answer. Those with weight 0 may be empty.
-        past = [{**message, "weight": 0} if message.get("content") == "" else message for message in messages]
-        return openai_messages([*past, {"role": "assistant", "content": "-"}])[:-1]
-    except (ValueError, TypeError, AttributeError) as error:
+        return openai_messages(messages)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"messages: {error}") from error
 
 

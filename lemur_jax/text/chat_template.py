@@ -84,7 +84,12 @@ def encode_chat(
         without a generation prompt, no supervised token, or a template without marks that does not write a turn as it
         would be generated.
     """
-    text, spans = _render(tokenizer, messages, tools, add_generation_prompt, chat_template_kwargs or {})
+    try:
+        text, spans = _render(tokenizer, messages, tools, add_generation_prompt, chat_template_kwargs or {})
+    except RecursionError as error:
+        raise UserError(
+            f"a call, a tool or a variable of the conversation is nested too deeply: {error}"
+        ) from error
     ids, offsets = tokenizer.encode_marked(text)
     mask = _overlaps(offsets, spans)
     if not add_generation_prompt and not any(mask):

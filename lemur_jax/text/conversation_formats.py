@@ -106,8 +106,9 @@ def openai(row: Row) -> Conversation:
 
 
 def openai_messages(turns: Sequence[Row]) -> Messages:
-    """The turns of `openai`."""
-    return _checked([_turn(turn) for turn in turns])
+    """The turns of `openai` as a prompt: none is trained on, so an answer may be empty."""
+    messages = [_turn({**turn, "weight": 0}) for turn in turns]
+    return [{key: value for key, value in message.items() if key != "train"} for message in messages]
 
 
 def preference(row: Row) -> dict[str, Conversation]:
@@ -278,7 +279,7 @@ def _parts(content: Any) -> str:
 
 def _message(role: Any, content: Any, turn: Row | None = None, calls: Sequence[Row] = ()) -> dict[str, Any]:
     """A message; `turn`: where a flag says whether it is trained on."""
-    if role not in _ROLES:
+    if str(role) not in _ROLES:
         raise ValueError(f"unknown role {role!r}")
     if not isinstance(content, str):
         raise ValueError(f"the content of a turn of {role} is {type(content).__name__}, not a string")

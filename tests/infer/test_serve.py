@@ -236,7 +236,7 @@ def test_what_a_chat_cannot_do_is_refused_and_what_asks_for_nothing_is_not(clien
 
 def test_names_and_variables_reach_the_chat_template_or_are_refused(client, session, monkeypatch):
     options = {"model": "tiny", "temperature": 0, "max_tokens": 6}
-    head = {"role": "assistant", "content": ""}  # what a model has said that ended at once
+    head = {"role": "assistant", "content": []}  # what a model has said that ended at once
 
     def ask(turn, **given):
         found = client.chat.completions.create(messages=[head, turn], **options, extra_body=given)
@@ -255,9 +255,9 @@ def test_names_and_variables_reach_the_chat_template_or_are_refused(client, sess
     ):
         with pytest.raises(openai.BadRequestError, match=message):
             ask(turn, **given)
-    template = "{% for m in messages %}{{ m.name }}:{{ m.content }}{% endfor %}{{ enable_thinking }}"
+    template = "{% for m in messages %}{{ m.name }}:{{ m.content or '-' }}{% endfor %}{{ enable_thinking }}"
     monkeypatch.setattr(session.tokenizer, "chat_template", template)
-    written = client.completions.create(prompt=session.tokenizer.encode(":Ada:hiFalse"), **options)
+    written = client.completions.create(prompt=session.tokenizer.encode(":-Ada:hiFalse"), **options)
     assert ask(named, **variables) == written.choices[0].text
     server = TestClient(application(session, "tiny", chat_template_kwargs={"enable_thinking": False}))
     body = options | {"messages": [named]}

@@ -111,8 +111,10 @@ def test_broken_requests_are_refused_with_a_reason(url):
         assert answer.status_code == 400, (body[:40], answer.text)
         assert answer.json()["error"]["message"]
     assert httpx.post(f"{url}/completions", content=b'{"prompt": "' + b"x" * (5 << 20)).status_code == 413
-    image = [{"role": "user", "content": [{"type": "image"}]}]
-    for messages in (None, 7, [], [7], [{}], [{"role": "x", "content": "x"}], image):
+    user, calls = {"role": "user"}, [{"name": "f", "arguments": {"x": json.loads("[" * 600 + "]" * 600)}}]
+    bad = [{"role": ["x"], "content": "x"}, user | {"content": [{"type": "image"}]}]
+    bad += [{"role": "x", "content": "x"}, {"role": "assistant", "content": "x", "tool_calls": calls}]
+    for messages in (None, 7, [], [7], [{}], *([each] for each in bad)):
         answer = httpx.post(f"{url}/chat/completions", json={"messages": messages})
         assert answer.status_code == 400, (messages, answer.text)
 
