@@ -27,8 +27,8 @@ class Options:
 
     def encode(self, tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
         """The prompt for the assistant's next turn; UserError as `encode_chat`."""
-        options: dict[str, Any] = {"chat_template_kwargs": self.chat_template_kwargs}
-        return encode_chat(tokenizer, messages, add_generation_prompt=True, **options)[0]
+        kwargs = self.chat_template_kwargs
+        return encode_chat(tokenizer, messages, chat_template_kwargs=kwargs, add_generation_prompt=True)[0]
 
 
 def reply(

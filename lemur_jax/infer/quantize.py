@@ -57,13 +57,8 @@ def leaf_quantizer(config: DecoderConfig, mesh: Mesh) -> Callable[[str, Any], An
         shardings = jax.tree.map(
             lambda x: NamedSharding(mesh, spec(mesh, scale_axes(axes, x.shape), x.shape)), abstract
         )
-        if isinstance(leaf, jax.ShapeDtypeStruct):
-            return jax.tree.map(
-                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-                abstract,
-                shardings,
-            )
-        return jax.jit(quantizer, out_shardings=shardings)(leaf)
+        quantizer = jax.jit(quantizer, out_shardings=shardings)
+        return jax.eval_shape(quantizer, leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else quantizer(leaf)
 
     return quantize_leaf
 

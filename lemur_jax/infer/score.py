@@ -6,7 +6,7 @@ Axis legend: B batch, T position, P asked position, E candidate, K likeliest, D 
 import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -83,10 +83,10 @@ def score(
     for index, (context, continuation) in enumerate(requests):
         _check_request(session, index, context, continuation)
     scores: dict[int, Score] = {}
-    run = _program(session.model, session.compute, top)
     for rows, T, P, B in _batches(session, _merge_requests(requests), batch_tokens):
         arrays = (put(session, array) for array in _pack(rows, T, P, B))
-        outputs = [np.asarray(output) for output in run(session.params, *arrays)]
+        run = functools.partial(_score, session.model, session.compute, top, session.params)
+        outputs = [np.asarray(output) for output in run(*arrays)]
         for index, row in enumerate(rows):
             for request in row.requests:
                 scores[request] = _unpack(row, requests[request][1], *(output[index] for output in outputs))
@@ -183,11 +183,7 @@ def _unpack(
     )
 
 
-@functools.lru_cache(maxsize=8)
-def _program(config: DecoderConfig, compute: Compute, top: int) -> Callable[..., tuple[jax.Array, ...]]:
-    return jax.jit(functools.partial(_score, config, compute, top))
-
-
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _score(
     config: DecoderConfig,
     compute: Compute,

@@ -7,7 +7,6 @@ log-probabilities in one stream, embeddings and keys. For production, serve the 
 
 import asyncio
 import contextlib
-import functools
 import json
 import logging
 import socket
@@ -25,6 +24,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from lemur_jax.common.errors import UserError, reason_of
+from lemur_jax.infer.chat import Options
 from lemur_jax.infer.complete import answers, pieces, with_text
 from lemur_jax.infer.engine import Engine, check_ids, check_request
 from lemur_jax.infer.engine import Request as Generation
@@ -51,7 +51,7 @@ from lemur_jax.infer.serve_requests import (
 from lemur_jax.infer.serve_worker import END, Job, Worker
 from lemur_jax.infer.session import Session
 from lemur_jax.infer.text import offsets, spelled
-from lemur_jax.text.chat_template import encode_chat, stop_ids
+from lemur_jax.text.chat_template import stop_ids
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +143,8 @@ def _usage(prompts: Sequence[Sequence[int]], answers: Sequence[Completion]) -> J
 class _Server:
     """The three routes over one session."""
 
-    def __init__(self, session: Session, name: str, hosts: Sequence[str] | None, template_options: Json):
-        self.session, self.name, self.template_options = session, name, template_options
+    def __init__(self, session: Session, name: str, hosts: Sequence[str] | None, template_kwargs: Json):
+        self.session, self.name, self.template_kwargs = session, name, template_kwargs
         self.hosts = hosts and [host.lower() for host in hosts]  # as `urlsplit` gives the names of requests
         self.tokenizer = session.need_tokenizer()
         self.worker = Worker(session)
@@ -198,9 +198,10 @@ class _Server:
             raise UserError("top_logprobs needs logprobs: true")
         messages = messages_of(body)
         self._check_length(sum(len(message["content"]) for message in messages))
-        options = {**self.template_options, **object_of(body, "chat_template_kwargs")}
-        encode = functools.partial(encode_chat, chat_template_kwargs=options, add_generation_prompt=True)
-        prompt, _ = await run_in_threadpool(encode, self.tokenizer, messages)
+        kwargs = {**self.template_kwargs, **object_of(body, "chat_template_kwargs")}
+        prompt = await run_in_threadpool(
+            Options(chat_template_kwargs=kwargs).encode, self.tokenizer, messages
+        )
         asked = self._asked(body, [prompt] * copies, 256)
         if stream_wanted(body, copies):
             return await self._stream(request, body, asked, "chat.completion.chunk")
@@ -300,11 +301,8 @@ class _Server:
                         yield event({"choices": [], "usage": chunk})
                     else:
                         text, reason = chunk
-                        delta = (
-                            {"text": text}
-                            if kind == "text_completion"
-                            else {"delta": role | {"content": text}}
-                        )
+                        is_text = kind == "text_completion"
+                        delta = {"text": text} if is_text else {"delta": role | {"content": text}}
                         choice = {"index": 0, "logprobs": None, "finish_reason": reason or None}
                         yield event({"choices": [choice | delta]})
                         role = {}
@@ -379,9 +377,5 @@ class _Server:
 
     def _head(self, kind: str) -> Json:
         prefix = "cmpl" if kind == "text_completion" else "chatcmpl"
-        return {
-            "id": f"{prefix}-{uuid.uuid4().hex}",
-            "object": kind,
-            "created": int(time.time()),
-            "model": self.name,
-        }
+        head = {"id": f"{prefix}-{uuid.uuid4().hex}", "object": kind}
+        return head | {"created": int(time.time()), "model": self.name}

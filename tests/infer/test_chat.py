@@ -106,6 +106,20 @@ def test_old_turns_are_forgotten_aloud(parrot):
     assert any("no longer fit" in text for text in written)
 
 
+def test_what_fits_begins_with_a_turn_of_the_user(parrot):
+    messages = [{"role": role, "content": "a"} for role in ("system", *("user", "assistant") * 4, "user")]
+    for limit in range(96):
+        kept = chat.fit(parrot, messages, Options(max_new_tokens=limit))
+        assert [turn["role"] for turn in kept[:2]] == ["system", "user"]
+
+
+def test_an_answer_is_stripped_and_each_turn_has_its_own_seed(parrot, monkeypatch):
+    seeds, written = set(), []
+    monkeypatch.setattr(chat, "reply", lambda *_, seed: seeds.add(seed) or [" ", " yes", "!\n"])
+    messages = converse(parrot, ["one", "two"], written.append, SHORT)
+    assert ("".join(written), messages[1]["content"], len(seeds)) == (2 * "yes!\n\n", "yes!", 2)
+
+
 def test_a_turn_that_is_too_long_is_told_and_forgotten(parrot):
     lines = ["one", "x y z " * 30, "two"]
     written = []

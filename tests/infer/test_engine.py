@@ -136,10 +136,12 @@ def test_other_parameters_use_no_earlier_prompt(tiny_session):
         if first is tiny_session:
             engine.submit(Request(prompt=[7] * 40, max_new_tokens=8))
             finish(engine)
-            engine.session = other
+        begun = engine.submit(Request(prompt=[9] * 50, max_new_tokens=8))
+        engine.step()  # reads a chunk
+        engine.session = other
         one = engine.submit(Request(prompt=[7] * 40, max_new_tokens=8))
         finish(engine)
-        said.append((one.tokens, one.logprobs))
+        said.append((begun.tokens, begun.logprobs, one.tokens, one.logprobs))
     assert said[0] == said[1]
 
 
@@ -161,6 +163,14 @@ def test_few_rows_make_few_steps_while_prompts_are_read(tiny_session):
     assert len(short.tokens) == 1
     finish(engine)
     assert len(short.tokens) == 20
+
+
+def test_a_row_that_ends_is_given_to_a_waiting_request_at_once(tiny_session):
+    engine = Engine(tiny_session, rows=2)
+    long, *_ = [engine.submit(Request(prompt=[1], max_new_tokens=limit)) for limit in (30, 8, 8)]
+    engine.step()  # reads the prompts
+    engine.step()
+    assert len(long.tokens) == 8
 
 
 def test_longer_requests_wait_for_longer_rows(tiny_session):

@@ -36,6 +36,7 @@ def test_requests_that_are_not_meant_for_this_server(url):
     for headers, status in (
         (kind, 200),
         ({}, 200),
+        ({"content-type": "application/merge-patch+json"}, 200),
         (kind | {"host": "evil.example"}, 403),
         (kind | {"origin": "http://evil.example"}, 403),
         (kind | {"origin": "null"}, 403),
@@ -77,6 +78,14 @@ def test_answers_go_on_between_the_prompts_that_another_client_has_scored(sessio
     body = {"prompt": ["a", "b", "c"], "max_tokens": 0, "echo": True, "logprobs": 0}
     assert server.post("/v1/completions", json=body).status_code == 200
     assert " ".join(events[:6]) == "step score step score step score"
+
+
+def test_the_work_of_a_late_answer_is_dropped(session, monkeypatch):
+    jobs = []
+    monkeypatch.setattr(serve, "ANSWER_SECONDS", 0.0)
+    monkeypatch.setattr(serve.Worker, "add", lambda _, job: jobs.append(job))
+    answer = TestClient(application(session, "tiny")).post("/v1/completions", json={"prompt": "x"})
+    assert (answer.status_code, jobs[0].dropped) == (503, True)
 
 
 def test_the_work_of_a_client_that_has_left_is_not_begun():

@@ -21,12 +21,6 @@ def test_prompt_and_continuation_make_up_the_text(small_chat_tokenizer, text, cu
     assert shown + continuation(small_chat_tokenizer, prompt, rest) == small_chat_tokenizer.decode(ids)
 
 
-def test_the_space_in_front_is_kept(small_chat_tokenizer):
-    prompt, whole = small_chat_tokenizer.encode("print the"), small_chat_tokenizer.encode("print the value")
-    assert whole[: len(prompt)] == prompt
-    assert continuation(small_chat_tokenizer, prompt, whole[len(prompt) :]) == " value"
-
-
 def test_a_prompt_may_end_with_the_replacement_character(small_chat_tokenizer):
     prompt, more = small_chat_tokenizer.encode("a\ufffd"), small_chat_tokenizer.encode("b", prefix=False)
     assert small_chat_tokenizer.decode(prompt) == "a\ufffd"

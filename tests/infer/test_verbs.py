@@ -57,21 +57,13 @@ def test_what_changes_draws_needs_a_temperature(chat_model, capsys, option):
 
 
 @pytest.mark.parametrize("verb", ["chat", "serve"])
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ("{", "is not JSON"),
-        ("[1]", "is [1], not an object"),
-        ('{"thinking": false}', "leaves out 'thinking'"),
-    ],
-)
-def test_variables_of_a_chat_template_are_checked_first(
-    chat_model, capsys, monkeypatch, verb, value, message
-):
+def test_variables_of_a_chat_template_are_checked_first(chat_model, capsys, monkeypatch, verb):
     monkeypatch.setattr("lemur_jax.infer.session.make_session", None)  # the weights are not read
-    assert main([verb, "--checkpoint", str(chat_model), "--chat-template-kwargs", value]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert message in line
+    wrong = {"{": "is not JSON", "[1]": "is [1], not an object", "[" * 9999: "is not JSON"}
+    for value, message in (wrong | {'{"thinking": false}': "leaves out 'thinking'"}).items():
+        assert main([verb, "--checkpoint", str(chat_model), "--chat-template-kwargs", value]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
 
 
 def test_a_typed_line_that_is_too_long_or_not_utf_8_ends_no_conversation(chat_model, capsys, monkeypatch):
