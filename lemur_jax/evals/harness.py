@@ -29,6 +29,8 @@ except ImportError as error:
 
 logger = logging.getLogger(__name__)
 
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
 
 @functools.cache  # once, not for each question
 def _warn_left_out(reason: str) -> None:
@@ -136,7 +138,9 @@ class LemurLM(TemplateLM):
             groups.setdefault(repr(request.args[1]), []).append(index)
         answers: dict[int, str] = {}
         for indices in groups.values():
-            options = normalize_gen_kwargs(requests[indices[0]].args[1])
+            options = normalize_gen_kwargs(
+                requests[indices[0]].args[1]
+            )  # without do_sample, temperature is 0
             if (limit := options["max_gen_toks"]) >= self.max_length:
                 raise UserError(
                     f"a task wants {limit} new tokens, the model's max_position_embeddings are {self.max_length}:"
@@ -146,13 +150,14 @@ class LemurLM(TemplateLM):
                 raise UserError(
                     f"a task wants num_beams {beams}: answers are sampled or greedy, leave the task out"
                 )
-            stops = [stop for stop in options.get("until") or [] if stop]
+            stops = [stop for stop in options["until"] if stop]
+            given: dict[str, Any] = {name: options[name] for name in _SAMPLING if options.get(name)}
             completions = complete(
                 self.session,
                 [self.tok_encode(requests[index].args[0]) or [self.prefix_token_id] for index in indices],
                 max_new_tokens=limit,
                 stops=stops,
-                sampling=self._sampling(options),
+                sampling=Sampling(**given, seed=self.seed),
                 seeds=indices,
                 batch_tokens=self.batch_tokens,
             )
@@ -162,13 +167,6 @@ class LemurLM(TemplateLM):
                 answers[index] = postprocess_generated_text(answer, stops, None)
                 self.cache_hook.add_partial("generate_until", requests[index].args, answers[index])
         return [answers[index] for index in range(len(requests))]
-
-    def _sampling(self, options: dict[str, Any]) -> Sampling:
-        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        given = {name: options[name] for name in names if options.get(name)}
-        if not options.get("do_sample"):
-            given.pop("temperature", None)
-        return Sampling(**given, seed=self.seed)
 
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         return template_of(self.tokenizer) if chat_template else None

@@ -57,8 +57,8 @@ def leaf_quantizer(config: DecoderConfig, mesh: Mesh) -> Callable[[str, Any], An
         shardings = jax.tree.map(
             lambda x: NamedSharding(mesh, spec(mesh, scale_axes(axes, x.shape), x.shape)), abstract
         )
-        quantizer = jax.jit(quantizer, out_shardings=shardings)
-        return jax.eval_shape(quantizer, leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else quantizer(leaf)
+        sharded = jax.jit(quantizer, out_shardings=shardings)
+        return jax.eval_shape(sharded, leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else sharded(leaf)
 
     return quantize_leaf
 

@@ -85,8 +85,8 @@ def score(
     scores: dict[int, Score] = {}
     for rows, T, P, B in _batches(session, _merge_requests(requests), batch_tokens):
         arrays = (put(session, array) for array in _pack(rows, T, P, B))
-        run = functools.partial(_score, session.model, session.compute, top, session.params)
-        outputs = [np.asarray(output) for output in run(*arrays)]
+        found = _score(session.model, session.compute, top, session.params, *arrays)
+        outputs = list(map(np.asarray, found))
         for index, row in enumerate(rows):
             for request in row.requests:
                 scores[request] = _unpack(row, requests[request][1], *(output[index] for output in outputs))

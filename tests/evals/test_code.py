@@ -120,8 +120,12 @@ def test_missing_data_is_named_and_stops_nothing_else(session, tmp_path, monkeyp
     monkeypatch.setattr(benchmarks, "PAPER", {})
     passed = Verdict(id="", answer="", verdict="passed", errors="")
     monkeypatch.setattr(benchmarks.problems, "humaneval", lambda: [])
-    monkeypatch.setattr(code, "solve", lambda *_, **__: [passed])
-    results = list(benchmarks.evaluate(session, [], benchmarks.Options(data=str(tmp_path)), suite="paper"))
+    seeds, options = [], benchmarks.Options(data=str(tmp_path), seed=3)
+    monkeypatch.setattr(code, "solve", lambda *_, sampling, **__: seeds.append(sampling.seed) or [passed])
+    results = list(benchmarks.evaluate(session, [], options, suite="paper"))
+    assert seeds == [3]
+    with pytest.raises(UserError, match="MBPP needs"):  # as it is asked for by name
+        list(benchmarks.evaluate(session, ["mbpp"], options, suite="paper"))
     assert [item.missing == "" for item in results] == [True, *[False] * 4]
     assert "MBPP was not run: MBPP needs" in benchmarks.format_results(results, "ours")
 

@@ -185,8 +185,8 @@ def test_weights_reach_the_session(chat_model):
 def test_filters_of_a_task_are_used_and_beams_refused(ours):
     options = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 2.0}
 
-    def answer(**more):
-        return ours.generate_until(instances("generate_until", ("x", options | more)))
+    def answer(text="x", **more):
+        return ours.generate_until(instances("generate_until", (text, options | more)))
 
     free, greedy = answer(), answer(do_sample=False)
     assert free != greedy
@@ -194,6 +194,7 @@ def test_filters_of_a_task_are_used_and_beams_refused(ours):
         assert answer(**filtered) == greedy
     nothing = {"min_p": None, "top_p": None, "top_k": None, "repetition_penalty": None, "num_beams": 1}
     assert answer(**nothing) == free
+    assert answer("") != free
     for wish, message in (({"num_beams": 4}, "num_beams 4"), ({"max_gen_toks": 150}, "150 new tokens")):
         with pytest.raises(UserError, match=f"wants {message}"):
             answer(**wish)

@@ -44,7 +44,9 @@ def test_all_filters_in_the_order_of_transformers(logits):
     """What remains after all of them, by the ids that many draws give."""
     options = {"temperature": 0.7, "top_k": 9, "top_p": 0.85, "min_p": 0.02, "repetition_penalty": 1.5}
     ids = np.random.default_rng(1).integers(0, V, size=(B, 50))
-    ids[:, 0], logits = 0, np.concatenate([logits.max(-1, keepdims=True), logits[:, 1:]], axis=1)
+    ids[:, :2], logits = (0, V - 1), logits.copy()
+    logits[:, [0, V - 1]] = logits.max(-1)[:, None] * [1, 0.9]
+    history = np.pad(ids, ((0, 0), (0, 5)), constant_values=-1)
     scores = torch.tensor(logits)
     for processor in (
         generation.RepetitionPenaltyLogitsProcessor(1.5),
@@ -57,7 +59,7 @@ def test_all_filters_in_the_order_of_transformers(logits):
     expected = scores.softmax(-1).numpy()
     draws = 3000
     knobs, seeds = Sampling(**options).knobs(), jnp.arange(B, dtype=jnp.uint32)
-    draw = jax.jit(jax.vmap(lambda place: choose(logits, knobs, seeds, jnp.full(B, place), ids)))
+    draw = jax.jit(jax.vmap(lambda place: choose(logits, knobs, seeds, jnp.full(B, place), history)))
     tokens, logprobs = draw(jnp.arange(draws))
     counts = np.stack([np.bincount(column, minlength=V) for column in np.asarray(tokens).T])
     assert not counts[expected == 0].any()
