@@ -108,29 +108,22 @@ def test_several_answers(client):
             assert first.logprob >= second.logprob
 
 
-def test_stop_and_stream(client):
+def test_text_logprobs_usage_and_a_stream_end_with_the_stop_string(client):
     options = {"model": "tiny", "prompt": "def f(x):", "temperature": 0, "max_tokens": 24}
-    text = client.completions.create(**options).choices[0].text
-    stop = text[4:6]
-    cut = client.completions.create(**options, stop=stop).choices[0]
-    assert (cut.text, cut.finish_reason) == (text[: text.index(stop)], "stop")
-    for changes, expected in (({}, text), ({"stop": [stop]}, cut.text)):
-        pieces = [chunk.choices[0] for chunk in client.completions.create(**options, **changes, stream=True)]
-        assert "".join(piece.text for piece in pieces) == expected
-        assert pieces[-1].finish_reason == ("stop" if changes else "length")
-
-
-def test_logprobs_and_usage_end_with_the_stop_string(client):
-    options = {"model": "tiny", "prompt": "def f(x):", "temperature": 0, "max_tokens": 24, "logprobs": 1}
-    whole = client.completions.create(**options)
-    tokens = whole.choices[0].logprobs.tokens
-    stop = "):"  # a token of the tokenizer
+    (whole,) = client.completions.create(**options, logprobs=1).choices
+    tokens, stop = whole.logprobs.tokens, "):"  # a token of the tokenizer
     count = tokens.index(stop) + 1
     assert 1 < count < 8  # the server looks at answers every 8 tokens
-    cut = client.completions.create(**options, stop=stop)
-    assert cut.choices[0].logprobs.tokens == tokens[:count]
-    assert cut.choices[0].logprobs.token_logprobs == whole.choices[0].logprobs.token_logprobs[:count]
-    assert cut.usage.completion_tokens == count
+    answer = client.completions.create(**options, logprobs=1, stop=stop)
+    (cut,) = answer.choices
+    assert (cut.text, cut.finish_reason) == (whole.text[: whole.text.index(stop)], "stop")
+    assert cut.logprobs.tokens == tokens[:count]
+    assert cut.logprobs.token_logprobs == whole.logprobs.token_logprobs[:count]
+    assert answer.usage.completion_tokens == count
+    for changes, expected in (({}, whole), ({"stop": [stop]}, cut)):
+        pieces = [chunk.choices[0] for chunk in client.completions.create(**options, **changes, stream=True)]
+        assert "".join(piece.text for piece in pieces) == expected.text
+        assert pieces[-1].finish_reason == expected.finish_reason
 
 
 def test_a_stream_tells_its_usage_and_its_role(client):
