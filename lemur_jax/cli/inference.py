@@ -108,10 +108,8 @@ def _chat(args) -> None:
     def options():
         from lemur_jax.infer.chat import Options
 
-        kwargs = _template_kwargs(args)
-        return Options(
-            max_new_tokens=args.max_new_tokens, sampling=_sampling(args), chat_template_kwargs=kwargs
-        )
+        limit, kwargs = args.max_new_tokens, _template_kwargs(args)
+        return Options(max_new_tokens=limit, sampling=_sampling(args), chat_template_kwargs=kwargs)
 
     def check(tokenizer) -> None:
         if not args.prompt:

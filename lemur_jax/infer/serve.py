@@ -199,9 +199,8 @@ class _Server:
         messages = messages_of(body)
         self._check_length(sum(len(message["content"]) for message in messages))
         kwargs = {**self.template_kwargs, **object_of(body, "chat_template_kwargs")}
-        prompt = await run_in_threadpool(
-            Options(chat_template_kwargs=kwargs).encode, self.tokenizer, messages
-        )
+        encode = Options(chat_template_kwargs=kwargs).encode
+        prompt = await run_in_threadpool(encode, self.tokenizer, messages)
         asked = self._asked(body, [prompt] * copies, 256)
         if stream_wanted(body, copies):
             return await self._stream(request, body, asked, "chat.completion.chunk")

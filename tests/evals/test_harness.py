@@ -172,11 +172,6 @@ def test_bos_only_where_it_is_wanted(ours):
     assert with_bos.tok_encode("<s>a b") == [1, *ours.tokenizer.encode("a b", prefix=False)]
 
 
-def test_ids_of_rendered_text_are_those_of_transformers(ours, theirs):
-    for text in ("<|im_start|>user\nhi <|im_end|>\n a", "plain", " two  spaces", "<|im_sep|><|im_end|>x"):
-        assert ours.tokenizer.encode_with_control_tokens(text) == theirs.tok_encode(text)
-
-
 def test_weights_reach_the_session(chat_model):
     with pytest.raises(UserError, match="unknown weights 'int3'"):
         LemurLM(checkpoint=chat_model, weights="int3")

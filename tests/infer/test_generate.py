@@ -34,12 +34,8 @@ VARIANTS = {
     "tied llama3": {"tie_word_embeddings": True, "rope_parameters": LLAMA3},
 }
 CASES = [
-    ("gqa", ""),
-    ("gqa", "fsdp=8"),
-    ("gqa", "fsdp=2,tensor=4"),
-    ("gqa", "data=2,fsdp=2,tensor=2"),
-    ("tied llama3", ""),
-    ("tied llama3", "data=4,tensor=2"),
+    *(("gqa", mesh) for mesh in ("", "fsdp=8", "fsdp=2,tensor=4", "data=2,fsdp=2,tensor=2")),
+    *(("tied llama3", mesh) for mesh in ("", "data=4,tensor=2")),
 ]
 
 
